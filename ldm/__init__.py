@@ -1,0 +1,1 @@
+"""The latent diffusion model: networks, mathematics, training. Knows no data pipeline."""

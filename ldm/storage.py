@@ -1,0 +1,136 @@
+"""Files anywhere fsspec reaches (local, `s3://`, `https://`), published whole or not at all.
+
+Order of a write: temporary name beside the target → flush to disk → rename. On object stores an upload is visible only
+when it is complete, which is the same promise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+CHUNK_BYTES = 1 << 20
+
+
+def join(root: str, *parts: str) -> str:
+    """Return `root/part/...` for a local path or a URL."""
+    return "/".join([root.rstrip("/"), *parts])
+
+
+def exists(path: str) -> bool:
+    """Say whether a file or folder is there."""
+    system, inner = url_to_fs(path)
+    return system.exists(inner)
+
+
+def is_local(path: str) -> bool:
+    """Say whether `path` lies on this machine's own file system."""
+    return isinstance(url_to_fs(path)[0], LocalFileSystem)
+
+
+def read_bytes(path: str) -> bytes:
+    """Return the whole content of a file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+def read_text(path: str) -> str:
+    """Return the whole content of a UTF-8 file."""
+    return read_bytes(path).decode()
+
+
+def list_names(folder: str) -> list[str]:
+    """Return the sorted names inside a folder; an absent folder is empty."""
+    system, inner = url_to_fs(folder)
+    if not system.exists(inner):
+        return []
+    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in system.ls(inner, detail=False))
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Publish `content` under `path`, atomically."""
+    with open_atomic(path) as file:
+        file.write(content)
+
+
+def write_text(path: str, content: str) -> None:
+    """Publish UTF-8 text under `path`, atomically."""
+    write_bytes(path, content.encode())
+
+
+@contextmanager
+def open_atomic(path: str) -> Iterator[IO[bytes]]:
+    """Yield a binary file that takes the name `path` only when the block ends without an error."""
+    system, inner = url_to_fs(path)
+    if not isinstance(system, LocalFileSystem):
+        # An upload stream that is closed by an error would publish what it had; a whole local file can't.
+        with tempfile.NamedTemporaryFile() as spool:
+            yield spool
+            spool.flush()
+            system.put_file(spool.name, inner)
+        return
+    target = Path(inner)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: str) -> int:
+    """Delete what interrupted writers left in a local folder; return how many files that were."""
+    system, inner = url_to_fs(folder)
+    if not isinstance(system, LocalFileSystem) or not Path(inner).is_dir():
+        return 0
+    leftovers = [path for path in Path(inner).rglob(".*.partial") if path.is_file()]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def sha256_of(path: str) -> str:
+    """Return the sha256 of a file's bytes, read in chunks."""
+    digest = hashlib.sha256()
+    with fsspec.open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_writable(folder: str, needed_bytes: int = 0) -> None:
+    """Refuse, before any work, an output folder that cannot take the result.
+
+    Raises:
+        ValueError: if the folder cannot be written, or its disk has less than `needed_bytes` free.
+    """
+    system, inner = url_to_fs(folder)
+    try:
+        probe = join(folder, f".probe-{uuid.uuid4().hex[:8]}")
+        write_bytes(probe, b"probe")
+        system.rm(url_to_fs(probe)[1])
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error}") from error
+    if isinstance(system, LocalFileSystem):
+        free = shutil.disk_usage(inner).free
+        if free < needed_bytes:
+            raise ValueError(f"{folder} needs about {needed_bytes / 1e9:.2f} GB free, its disk has {free / 1e9:.2f} GB")

@@ -1,0 +1,80 @@
+"""The types that cross the floors: what a batch of latents is and what the shape letters mean.
+
+Letters: b batch, c latent channel, m moment channel (2c for KL: mean then log-variance), h latent row,
+w latent column, y pixel row, x pixel column, l token, d embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Image = Float[Tensor, "b 3 y x"]
+"""Pixels in [-1, 1], channels first, RGB."""
+Latent = Float[Tensor, "b c h w"]
+"""A scaled latent: what a diffusion network sees (zero mean, unit variance a channel)."""
+Moments = Float[Tensor, "b m h w"]
+"""Raw, unscaled output of an encoder: mean and log-variance for KL, pre-quantisation latent for VQ."""
+TextStates = Float[Tensor, "b l d"]
+"""Token embeddings of a frozen text encoder, padded with zeros to one length."""
+TextMask = Bool[Tensor, "b l"]
+"""True where a token is real; padding is False."""
+SampleIndex = Int[Tensor, "b"]
+"""Position of each row in the endless sequence of training samples: the clock that seeds every draw."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Condition:
+    """What a network is told about a batch besides noise and time.
+
+    Attributes:
+        states: token embeddings for cross-attention, shape (b, l, d), or None.
+        mask: which tokens are real, shape (b, l); None means all are.
+    """
+
+    states: TextStates | None = None
+    mask: TextMask | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
+        """Return the same condition on `device`, its floats as `dtype`."""
+        return Condition(
+            states=None if self.states is None else self.states.to(device, dtype, non_blocking=True),
+            mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
+        )
+
+    def rows(self, start: int, stop: int) -> Condition:
+        """Return rows [start, stop) of the batch."""
+        return Condition(
+            states=None if self.states is None else self.states[start:stop],
+            mask=None if self.mask is None else self.mask[start:stop],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentBatch:
+    """Rows of a latent cache, in the order of training.
+
+    Attributes:
+        keys: the rows' keys, length b.
+        samples: the rows' positions in the endless training sequence, shape (b,), int64.
+        moments: raw moments, shape (b, m, h, w).
+        condition: the caption chosen for each row, already dropped to the null one where the draw said so.
+    """
+
+    keys: tuple[str, ...]
+    samples: SampleIndex
+    moments: Moments
+    condition: Condition
+
+    def rows(self, start: int, stop: int) -> LatentBatch:
+        """Return rows [start, stop) of the batch."""
+        return replace(
+            self,
+            keys=self.keys[start:stop],
+            samples=self.samples[start:stop],
+            moments=self.moments[start:stop],
+            condition=self.condition.rows(start, stop),
+        )
