@@ -134,3 +134,30 @@ def check_writable(folder: str, needed_bytes: int = 0) -> None:
         free = shutil.disk_usage(inner).free
         if free < needed_bytes:
             raise ValueError(f"{folder} needs about {needed_bytes / 1e9:.2f} GB free, its disk has {free / 1e9:.2f} GB")
+
+
+def copy_file(source: str, target: str) -> None:
+    """Publish a copy of a file, atomically, streamed in chunks."""
+    with fsspec.open(source, "rb") as reader, open_atomic(target) as writer:
+        shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+
+
+def list_files(folder: str) -> list[str]:
+    """Return the sorted paths of all files below a folder, relative to it."""
+    system, inner = url_to_fs(folder)
+    if not system.exists(inner):
+        return []
+    prefix = inner.rstrip("/") + "/"
+    return sorted(path.removeprefix(prefix) for path in system.find(inner))
+
+
+def download_folder(source: str, target: str) -> None:
+    """Copy every file below `source` to the local folder `target`."""
+    for name in list_files(source):
+        copy_file(join(source, name), join(target, name))
+
+
+def remove_folder(path: str) -> None:
+    """Delete a folder and what lies in it."""
+    system, inner = url_to_fs(path)
+    system.rm(inner, recursive=True)

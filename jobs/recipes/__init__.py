@@ -1,0 +1,41 @@
+"""Named runs: for each job, the recipes it knows; the first is the default.
+
+A recipe is a function of the home folder that returns the job's whole configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jobs.recipes import emoji, laion
+from jobs.wiring.evaluate import EvaluateConfig
+from jobs.wiring.sample import SampleConfig
+from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
+from jobs.wiring.train_ldm import TrainLdmConfig
+from pipeline.encode import LatentsConfig
+from pipeline.ingest.stage import DatasetConfig
+
+SHARD_DATASET: dict[str, Callable[[str], DatasetConfig]] = {
+    "emoji": emoji.shard_dataset,
+    "laion": laion.shard_dataset,
+}
+TRAIN_AUTOENCODER: dict[str, Callable[[str], TrainAutoencoderConfig]] = {
+    "emoji": emoji.train_autoencoder,
+    "laion": laion.train_autoencoder,
+}
+PRECOMPUTE_LATENTS: dict[str, Callable[[str], LatentsConfig]] = {
+    "emoji": emoji.precompute_latents,
+    "laion": laion.precompute_latents,
+}
+TRAIN_LDM: dict[str, Callable[[str], TrainLdmConfig]] = {
+    "emoji": emoji.train_ldm,
+    "laion": laion.train_ldm,
+}
+EVALUATE: dict[str, Callable[[str], EvaluateConfig]] = {
+    "emoji": emoji.evaluate,
+    "laion": laion.evaluate,
+}
+SAMPLE: dict[str, Callable[[str], SampleConfig]] = {
+    "emoji": emoji.sample,
+    "laion": laion.sample,
+}

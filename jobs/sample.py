@@ -1,0 +1,38 @@
+"""Draws a grid of prompts x guidance scales with a finished model.
+
+python -m jobs.sample [RECIPE] [--home DIR] [--prompts "a red heart" "a green apple"] [--guidance 1 3 7]
+"""
+
+from __future__ import annotations
+
+from jobs.command_line import from_command_line, report_errors
+from jobs.recipes import SAMPLE
+from jobs.session import is_main_process, prepare
+from jobs.wiring.publishing import publish_picture
+from jobs.wiring.sample import sample_worker
+from jobs.wiring.training import launch
+from ldm import storage
+
+
+@report_errors()
+def main() -> None:
+    """Draw the grid, unless this very grid is there."""
+    prepare()
+    config, dry_run = (asked := from_command_line("sample", SAMPLE)).config, asked.dry_run
+    path = config.picture_path()
+    is_there = storage.exists(path)
+    if dry_run:
+        print(f"{len(config.prompts)} prompts x {len(config.guidance)} scales, {config.sampler.num_steps} steps: {path}")
+        print("drawn already" if is_there else "not drawn yet")
+        return
+    if not is_there:
+        storage.check_writable(config.root)
+        launch(sample_worker, config, config.launch, "sample")
+    if is_main_process():
+        if not is_there:
+            publish_picture(config, path)
+        print(f"picture   {path}")
+
+
+if __name__ == "__main__":
+    main()

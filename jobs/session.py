@@ -1,0 +1,188 @@
+"""What surrounds a job: a Ray of its own or the cluster's, quiet libraries, the code's version, a progress bar.
+
+This is the one place that touches the process's environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from ldm.training.loop import Progress as TrainProgress
+
+QUIET = {
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths stay relative to where the job was started
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_ACCELERATOR_LOG_LEVEL": "ERROR",
+}
+PROJECT = Path(__file__).resolve().parents[1]
+LINE_EVERY_SECONDS = 15.0
+
+
+def prepare() -> None:
+    """Quiet the libraries; settings that a person has made stay."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("ray", "ray.train", "ray.data", "mlflow", "alembic", "deepspeed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def is_main_process() -> bool:
+    """Say whether this is the only process, or the first of torchrun's."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Use the cluster that the job was submitted to, or a local Ray that ends with the block."""
+    # Optional: a machine without Ray trains with --launch.where here.
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    # A submitted job finds its cluster in RAY_ADDRESS; its workers get the same code by the job's working directory.
+    paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS") or "local",
+        include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=False,
+        runtime_env={"env_vars": {**_passed_on(), "PYTHONPATH": os.pathsep.join(paths)}},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _passed_on() -> dict[str, str]:
+    return {name: os.environ[name] for name in QUIET if name in os.environ}
+
+
+def code_version() -> dict[str, str]:
+    """Return the git commit of the code and whether it has changes, or nothing outside of a checkout."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        changes = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"mlflow.source.git.commit": commit, "code_commit": commit, "code_has_changes": str(bool(changes)).lower()}
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", "-C", str(PROJECT), *words], check=True, capture_output=True, text=True, timeout=20)
+    return done.stdout.strip()
+
+
+@contextmanager
+def stop_request() -> Iterator[Callable[[], bool]]:
+    """Yield a question that is answered yes once Ctrl-C or SIGTERM came; a second one is not waited for."""
+    asked: list[int] = []
+
+    def remember(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Rate(ProgressColumn):
+    """Images a second since the bar appeared."""
+
+    def render(self, task: Task) -> Text:
+        rate = task.fields.get("rate") or 0.0
+        return Text(f"{rate:,.1f} img/s" if rate else "", style="cyan")
+
+
+class _Remaining(ProgressColumn):
+    """Time to the end at the shown rate."""
+
+    def render(self, task: Task) -> Text:
+        rate, total = task.fields.get("rate") or 0.0, task.total or 0.0
+        left = (total - task.completed) / rate if rate else 0.0
+        return Text(f"ETA {int(left) // 60}:{int(left) % 60:02d}" if rate else "ETA -:--")
+
+
+class TrainingBar:
+    """Shows a training's progress: a live bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._title = title
+        self._last_line = time.monotonic()
+        self._latest: dict[str, float] = {}
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
+            _Rate(),
+            _Remaining(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[values]}", style="dim"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=1, values="starting workers", rate=0.0)
+
+    def __enter__(self) -> TrainingBar:
+        self._bar.start()
+        if not self._console.is_terminal:
+            self._console.print(f"{self._title}: starting")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: TrainProgress) -> None:
+        """Show what the training reports."""
+        if progress.notice:
+            self._console.print(f"[yellow]{self._title}:[/] {progress.notice}", highlight=False)
+        if not progress.total:
+            return
+        self._latest |= progress.metrics
+        rate = self._latest.get("images_per_second", 0.0)
+        values = _short(self._latest)
+        self._bar.update(self._task, completed=progress.done, total=progress.total, values=values, rate=rate)
+        is_last = progress.done >= progress.total
+        if not self._console.is_terminal and (is_last or time.monotonic() - self._last_line > LINE_EVERY_SECONDS):
+            self._last_line = time.monotonic()
+            left = (progress.total - progress.done) / rate if rate else 0.0
+            self._console.print(
+                f"{self._title}: {progress.done:,}/{progress.total:,} images, {rate:.1f} img/s, "
+                f"ETA {int(left) // 60}:{int(left) % 60:02d}, {values}",
+                highlight=False,
+            )
+
+
+def _short(metrics: dict[str, float]) -> str:
+    shown = {"loss": "loss", "validation_loss": "val", "validation_psnr_db": "PSNR"}
+    return "  ".join(f"{label} {metrics[name]:.3f}" for name, label in shown.items() if name in metrics)

@@ -1,0 +1,42 @@
+"""Trains the conditional denoiser on cached latents (stage 2) and registers the finished model.
+
+python -m jobs.train_ldm [RECIPE] [--home DIR] [--dry-run] [--any.field value ...]
+torchrun --nproc-per-node N -m jobs.train_ldm RECIPE --launch.where here
+"""
+
+from __future__ import annotations
+
+import torch
+
+from jobs.command_line import from_command_line, report_errors
+from jobs.recipes import TRAIN_LDM
+from jobs.session import is_main_process, prepare
+from jobs.wiring.registering import register_model
+from jobs.wiring.train_ldm import check_inputs, checkpoint_store, describe, is_done, train_ldm_worker
+from jobs.wiring.training import run_training
+from ldm.training.world import World
+
+
+@report_errors()
+def main() -> None:
+    """Train to the end, from where an earlier call stopped, and register the model."""
+    prepare()
+    config, dry_run = (asked := from_command_line("train_ldm", TRAIN_LDM)).config, asked.dry_run
+    manifest = check_inputs(config)
+    checkpoint_store(config, manifest, World(rank=0, size=1, device=torch.device("cpu"))).check_identity()
+    if dry_run:
+        print(describe(config, manifest))
+        return
+    if is_done(config, manifest):
+        print(f"model already there: {config.model_folder}")
+    else:
+        outcome = run_training(config, train_ldm_worker, title="ldm", data=manifest, data_uri=config.latents)
+        first, last = (outcome[name]["validation_loss"] for name in ("first_validation", "last_validation"))
+        if is_main_process():
+            print(f"model     {outcome['samples_seen']:,} samples, validation loss {first:.4f} -> {last:.4f}: {config.model_folder}")
+    if is_main_process() and (registered := register_model(config)):
+        print(f'registered {registered.uri}: mlflow.pyfunc.load_model("{registered.uri}").predict(["a red heart"])')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The evaluation, put together: a finished model against held-out rows, under one protocol."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm import storage
+from ldm.autoencoder import regularizer
+from ldm.config import Config
+from ldm.diffusion.schedule import Schedule
+from ldm.evaluation.denoising import Denoising
+from ldm.evaluation.features import feature_network
+from ldm.evaluation.frechet import frechet_distance, statistics_of
+from ldm.evaluation.protocol import EvaluationProtocol
+from ldm.evaluation.scores import psnr, ssim
+from ldm.interop.diffusers import load_autoencoder, load_unet
+from ldm.text_to_image import AUTOENCODER_FOLDER, UNET_FOLDER, TextToImage, load_card, load_text_to_image, model_digest
+from ldm.training.diffusion_task import usable_rows
+from ldm.training.local_launch import LaunchConfig, Outcome
+from ldm.training.loop import Progress
+from ldm.training.tracking_config import TrackingConfig
+from ldm.training.world import World
+from ldm.types import Condition, Image, LatentBatch
+from pipeline.images import ImageLoader, ImageLoaderConfig
+from pipeline.loader import LatentLoader, LoaderConfig
+from pipeline.store.manifest import load_manifest
+from pipeline.store.schema import Split
+
+REPORT_FILE = "evaluation.json"
+BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateConfig(Config):
+    """What a model must reach to become the champion of its name."""
+
+    min_psnr_db: float = 20.0
+    """Least mean PSNR of reconstructions, in decibels."""
+    min_loss_drop: float = 0.7
+    """Least share by which the validation loss fell below its first measurement."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig(Config):
+    """Measure a finished model on held-out rows and write the result on its registered version."""
+
+    root: str
+    """Folder or URL of the training that made the model."""
+    record: str
+    """Local folder of that training's record, which names its MLflow run."""
+    dataset: str
+    """Folder or URL of the dataset."""
+    latents: str
+    """Folder or URL of the latent cache."""
+    protocol: EvaluationProtocol
+    """What must be equal for two evaluations to be comparable."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """What a champion must reach."""
+    validation_rows: int = 384
+    """Held-out rows of the denoising loss; the training's own number makes the two figures equal."""
+    launch: LaunchConfig = LaunchConfig()
+    """Where it runs (one worker)."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+
+    @property
+    def model_folder(self) -> str:
+        """Where the model lies."""
+        return storage.join(self.root, "model")
+
+
+def report_there(config: EvaluateConfig) -> dict[str, Any] | None:
+    """Return the report of an earlier evaluation of this very model under this protocol, or None."""
+    path = storage.join(config.root, REPORT_FILE)
+    if not storage.exists(path):
+        return None
+    report: dict[str, Any] = json.loads(storage.read_text(path))
+    is_same = report["model"] == model_digest(load_card(config.model_folder))
+    return report if is_same and report["protocol"] == config.protocol.digest() else None
+
+
+def evaluate_worker(
+    config: EvaluateConfig, world: World, report: Callable[[Progress], None], should_stop: Callable[[], bool]
+) -> Outcome:
+    """Measure in one process and write the report beside the model.
+
+    Raises:
+        ValueError: if the model was not made from these latents.
+    """
+    model = load_text_to_image(config.model_folder, world.device)
+    latents = load_manifest(config.latents)
+    if model.card.lineage["latents_digest"] != latents.digest:
+        raise ValueError(
+            f"{config.model_folder} was trained on latents {model.card.lineage['latents_digest']}, "
+            f"{config.latents} are {latents.digest}"
+        )
+    images = ImageLoader(load_manifest(config.dataset), ImageLoaderConfig(root=config.dataset, split=Split.VALIDATION))
+    held_out = LatentLoader(latents, LoaderConfig(root=config.latents, split=Split.VALIDATION, caption_dropout=0.0))
+    num_images = min(config.protocol.num_images, images.num_rows)
+    total = images.num_rows + 2 * config.validation_rows + num_images
+    bar = _Bar(report, total)
+    metrics = {
+        **_reconstruction(config, images, world, bar),
+        **_denoising(config, held_out, world, bar),
+        **_distance(config, model, images, held_out.captions(0, num_images), bar),
+    }
+    content = {"model": model_digest(model.card), "protocol": config.protocol.digest(), "metrics": metrics}
+    storage.write_text(storage.join(config.root, REPORT_FILE), json.dumps(content, indent=1))
+    return {"is_finished": True, **content}
+
+
+def verdict(config: EvaluateConfig, metrics: dict[str, float], first_loss: float) -> dict[str, tuple[str, bool]]:
+    """Return each bound of the gate: what was measured against what is asked, and whether it holds."""
+    drop = 1 - metrics["validation_loss"] / first_loss
+    right, shuffled = metrics["validation_loss"], metrics["validation_loss_shuffled_captions"]
+    gate = config.gate
+    return {
+        "reconstruction PSNR": (
+            f"{metrics['reconstruction_psnr_db']:.2f} dB (at least {gate.min_psnr_db:g})",
+            metrics["reconstruction_psnr_db"] >= gate.min_psnr_db,
+        ),
+        "validation loss": (
+            f"{right:.4f}, {drop:.1%} below the first {first_loss:.4f} (at least {gate.min_loss_drop:.0%})",
+            drop >= gate.min_loss_drop,
+        ),
+        "right captions": (f"{right:.4f} against {shuffled:.4f} with shuffled ones (lower)", right < shuffled),
+    }
+
+
+class _Bar:
+    """Counts rows for the progress report."""
+
+    def __init__(self, report: Callable[[Progress], None], total: int) -> None:
+        self._report = report
+        self._total = total
+        self._done = 0
+
+    def add(self, rows: int) -> None:
+        self._done = min(self._done + rows, self._total)
+        self._report(Progress(done=self._done, total=self._total))
+
+
+def _reconstruction(config: EvaluateConfig, images: ImageLoader, world: World, bar: _Bar) -> dict[str, float]:
+    autoencoder = load_autoencoder(storage.join(config.model_folder, AUTOENCODER_FOLDER)).to(world.device).eval()
+    scores: list[tuple[Tensor, Tensor]] = []
+    for batch in _batches(images, images.num_rows):
+        real = batch.to(world.device)
+        with torch.no_grad():
+            made = autoencoder.decode(regularizer.mode(autoencoder.encode(real))).clamp(-1, 1)
+        scores.append((psnr(made, real), ssim(made, real)))
+        bar.add(len(batch))
+    decibels, similarity = (torch.cat(parts).mean().item() for parts in zip(*scores, strict=True))
+    return {"reconstruction_psnr_db": decibels, "reconstruction_ssim": similarity}
+
+
+def _denoising(config: EvaluateConfig, held_out: LatentLoader, world: World, bar: _Bar) -> dict[str, float]:
+    card = load_card(config.model_folder)
+    unet = load_unet(storage.join(config.model_folder, UNET_FOLDER)).to(world.device).eval()
+    num_rows = usable_rows(min(held_out.num_rows, config.validation_rows))
+    measure = Denoising(
+        schedule=Schedule(card.schedule), prediction=card.prediction, space=card.space, num_rows=num_rows
+    )
+    batch = held_out.rows(0, num_rows)
+    shuffled = _rolled(batch.condition, num_rows // 2)
+    sums = [0.0, 0.0]
+    for start in range(0, num_rows, BATCH):
+        stop = min(start + BATCH, num_rows)
+        part = _placed(batch.rows(start, stop), world.device)
+        wrong = shuffled.rows(start, stop).to(world.device, torch.float32)
+        for i, condition in enumerate((part.condition, wrong)):
+            sums[i] += measure.losses(unet, part, condition).sum().item()
+            bar.add(stop - start)
+    return {"validation_loss": sums[0] / num_rows, "validation_loss_shuffled_captions": sums[1] / num_rows}
+
+
+def _distance(
+    config: EvaluateConfig, model: TextToImage, images: ImageLoader, captions: list[str], bar: _Bar
+) -> dict[str, float]:
+    protocol = config.protocol
+    network = feature_network(protocol.features)
+    real = [network(batch) for batch in _batches(images, len(captions))]
+    made: list[Tensor] = []
+    for start in range(0, len(captions), BATCH):
+        prompts = captions[start : start + BATCH]
+        seeds = range(protocol.seed + start, protocol.seed + start + len(prompts))
+        scales = [protocol.guidance_scale] * len(prompts)
+        drawn = model.images(model.condition(prompts), seeds, scales, protocol.sampler)
+        made.append(network(drawn.clamp(-1, 1).cpu()))
+        bar.add(len(prompts))
+    distance = frechet_distance(statistics_of(torch.cat(real)), statistics_of(torch.cat(made)))
+    return {f"fd_{protocol.features.value}": distance, "fd_num_images": float(len(captions))}
+
+
+def _batches(images: ImageLoader, num_rows: int) -> Iterator[Image]:
+    for start in range(0, num_rows, BATCH):
+        yield images.rows(start, min(start + BATCH, num_rows)).images
+
+
+def _rolled(condition: Condition, rows: int) -> Condition:
+    """Give every row the condition of another one."""
+    assert condition.states is not None
+    mask = None if condition.mask is None else condition.mask.roll(rows, 0)
+    return Condition(states=condition.states.roll(rows, 0), mask=mask)
+
+
+def _placed(batch: LatentBatch, device: torch.device) -> LatentBatch:
+    return LatentBatch(
+        keys=batch.keys,
+        samples=batch.samples,
+        moments=batch.moments.to(device, torch.float32),
+        condition=batch.condition.to(device, torch.float32),
+    )

@@ -1,0 +1,215 @@
+"""Stage 1, put together: images → loader → task → loop → an autoencoder folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from jobs.wiring.recording import open_record, save_run_config
+from ldm import storage
+from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
+from ldm.config import Config
+from ldm.interop.diffusers import CONFIG_NAME, save_autoencoder, weights_digest
+from ldm.losses.discriminator import Discriminator
+from ldm.losses.perceptual import perceptual_distance
+from ldm.training.autoencoder_task import AutoencoderTask, ReconstructionConfig
+from ldm.training.checkpoint import CheckpointStore
+from ldm.training.ema import EmaConfig
+from ldm.training.engine import Engine, EngineConfig, EngineKind
+from ldm.training.engines import build_engine
+from ldm.training.local_launch import LaunchConfig, Outcome
+from ldm.training.loop import LoopConfig, Progress, Surroundings, train
+from ldm.training.optim import OptimConfig
+from ldm.training.state import TrainState
+from ldm.training.tracking_config import TrackingConfig
+from ldm.training.world import World
+from pipeline.images import ImageLoader, ImageLoaderConfig
+from pipeline.store.manifest import Manifest, load_manifest
+from pipeline.store.schema import Split
+
+REPORT_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainAutoencoderConfig(Config):
+    """Stage 1: train the autoencoder that images are compressed with."""
+
+    root: str
+    """Folder or URL of this training: checkpoints and the finished autoencoder."""
+    record: str
+    """Local folder of the run's own record (numbers and pictures), kept whether MLflow answers or not."""
+    dataset: str
+    """Folder or URL of the dataset."""
+    autoencoder: AutoencoderConfig
+    """The network."""
+    loss: ReconstructionConfig = ReconstructionConfig()
+    """The terms of the loss."""
+    optim: OptimConfig = OptimConfig(beta1=0.5, beta2=0.9)
+    """Optimizer and learning rate, of both networks."""
+    ema: EmaConfig = EmaConfig()
+    """Moving average of the weights, which is what is validated and used."""
+    engine: EngineConfig = EngineConfig()
+    """Local engine; two networks with two optimizers are not sharded."""
+    loop: LoopConfig = LoopConfig()
+    """Length and intervals."""
+    launch: LaunchConfig = LaunchConfig()
+    """Where it runs, and on how many workers."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    batch_size: int = 32
+    """Rows of a batch over all workers."""
+    num_streams: int = 8
+    """Canonical streams of the data order; the number of workers must divide it."""
+    has_flips: bool = True
+    """Whether half of the images are mirrored."""
+    cache_folder: str = ""
+    """Local folder for copies of remote shards."""
+    seed: int = 0
+    """Seed of initial weights and all draws."""
+
+    def __post_init__(self) -> None:
+        if self.engine.kind is not EngineKind.LOCAL or self.engine.micro_batch_size:
+            raise ValueError("stage 1 trains two networks in turns: engine.kind is local, without micro-batches")
+        if self.batch_size % self.num_streams:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of num_streams {self.num_streams}")
+
+    @property
+    def model_folder(self) -> str:
+        """Where the finished autoencoder lies."""
+        return storage.join(self.root, "model")
+
+    def identity(self, manifest: Manifest) -> dict[str, object]:
+        """Return what a checkpoint must have been made with to be resumed; lengths and intervals may change."""
+        parts = {"autoencoder": self.autoencoder, "loss": self.loss, "optim": self.optim, "ema": self.ema}
+        own = {name: part.to_dict() for name, part in parts.items()}
+        order = {"batch_size": self.batch_size, "num_streams": self.num_streams, "seed": self.seed}
+        return {**own, **order, "has_flips": self.has_flips, "dataset": manifest.digest}
+
+    def loader(self, split: Split) -> ImageLoaderConfig:
+        """Return how rows of a split are read."""
+        return ImageLoaderConfig(
+            root=self.dataset,
+            split=split,
+            batch_size=self.batch_size,
+            num_streams=self.num_streams,
+            has_flips=self.has_flips,
+            seed=self.seed,
+            cache_folder=self.cache_folder,
+        )
+
+
+def check_inputs(config: TrainAutoencoderConfig) -> Manifest:
+    """Refuse, before any worker starts, data that does not fit; return the dataset's manifest.
+
+    Raises:
+        ValueError: naming what does not fit what.
+    """
+    manifest = load_manifest(config.dataset)
+    size = int(manifest.identity.get("image_size", 0))
+    if size % config.autoencoder.factor:
+        raise ValueError(f"images of {size} px are no multiple of the autoencoder's factor {config.autoencoder.factor}")
+    if manifest.num_rows(Split.VALIDATION) == 0:
+        raise ValueError(f"{config.dataset} holds no validation rows; hold some out when the dataset is made")
+    return manifest
+
+
+def train_autoencoder_worker(
+    config: TrainAutoencoderConfig,
+    world: World,
+    report: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+    *,
+    run_id: str = "",
+) -> Outcome:
+    """Train in one process of the group; the main one records into the MLflow run and publishes the autoencoder."""
+    manifest = load_manifest(config.dataset)
+    torch.manual_seed(config.seed)
+    autoencoder = _engine(Autoencoder(config.autoencoder), config, world)
+    judge = Discriminator(config.loss.discriminator_channels, config.loss.discriminator_layers)
+    task = AutoencoderTask(
+        autoencoder=autoencoder,
+        discriminator=_engine(judge, config, world),
+        perceptual=perceptual_distance(config.loss.perceptual).to(world.device),
+        config=config.loss,
+        optim=config.optim,
+        held_out=ImageLoader(manifest, config.loader(Split.VALIDATION), 0, 1),
+        world=world,
+        total_samples=config.loop.total_samples,
+        seed=config.seed,
+    )
+    around = Surroundings(
+        world=world,
+        batch_size=config.batch_size,
+        checkpoints=checkpoint_store(config, manifest, world),
+        tracker=open_record(config.record, config.tracking.uri, run_id, world, report),
+        report=report,
+        should_stop=should_stop,
+    )
+    loader = ImageLoader(manifest, config.loader(Split.TRAIN), world.rank, world.size)
+    state = train(task, loader, config.loop, around)
+    is_finished = state.samples_seen >= config.loop.total_samples
+    if is_finished:
+        _publish(config, manifest, autoencoder, state, world)
+    world.barrier()
+    return {"is_finished": is_finished, **state.to_dict()}
+
+
+def checkpoint_store(config: TrainAutoencoderConfig, manifest: Manifest, world: World) -> CheckpointStore:
+    """Return the store of this training's checkpoints."""
+    root = storage.join(config.root, "checkpoints")
+    return CheckpointStore(root, config.identity(manifest), config.loop.keep_checkpoints, world)
+
+
+def is_done(config: TrainAutoencoderConfig, manifest: Manifest) -> bool:
+    """Say whether the finished autoencoder is there, trained on this dataset to the asked length."""
+    path = storage.join(config.model_folder, REPORT_FILE)
+    if not storage.exists(path) or not storage.exists(storage.join(config.model_folder, CONFIG_NAME)):
+        return False
+    report = json.loads(storage.read_text(path))
+    return bool(report["dataset"] == manifest.digest and report["samples_seen"] >= config.loop.total_samples)
+
+
+def describe(config: TrainAutoencoderConfig, manifest: Manifest) -> str:
+    """Return what a run would do: rows, batches, workers, parameters."""
+    with torch.device("meta"):
+        num_parameters = sum(weight.numel() for weight in Autoencoder(config.autoencoder).parameters())
+    num_rows, workers = manifest.num_rows(Split.TRAIN), config.launch.num_workers
+    steps = -(-config.loop.total_samples // config.batch_size)
+    return "\n".join(
+        [
+            f"train     {num_rows:,} images of {config.dataset}, {manifest.num_rows(Split.VALIDATION):,} held out",
+            f"network   {num_parameters / 1e6:,.2f} M parameters, factor {config.autoencoder.factor}",
+            f"batch     {config.batch_size} = {workers} workers x {config.batch_size // workers} rows",
+            f"length    {config.loop.total_samples:,} samples = {steps:,} steps = "
+            f"{config.loop.total_samples / max(1, num_rows):.1f} epochs",
+            f"workers   {workers} x ({config.launch.cpus_per_worker:g} CPU, {config.launch.gpus_per_worker:g} GPU)",
+            f"output    {config.root}",
+        ]
+    )
+
+
+def _engine(module: torch.nn.Module, config: TrainAutoencoderConfig, world: World) -> Engine:
+    return build_engine(module, config.optim, config.ema, config.engine, world, config.batch_size // world.size)
+
+
+def _publish(
+    config: TrainAutoencoderConfig, manifest: Manifest, engine: Engine, state: TrainState, world: World
+) -> None:
+    """Write the autoencoder; its evaluation comes last and makes it whole."""
+    weights = engine.weights()
+    if not world.is_main:
+        return
+    model = Autoencoder(config.autoencoder)
+    model.load_state_dict(weights)
+    save_autoencoder(model, config.model_folder)
+    save_run_config(config, config.root)
+    report = {
+        "digest": weights_digest(model.state_dict(), model.config),
+        "dataset": manifest.digest,
+        "samples_seen": state.samples_seen,
+        **state.last_validation,
+    }
+    storage.write_text(storage.join(config.model_folder, REPORT_FILE), json.dumps(report, indent=1))

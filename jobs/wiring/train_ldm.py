@@ -1,0 +1,294 @@
+"""Stage 2, put together: latents → loader → task → loop → a model folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from jobs.wiring.recording import open_record, save_run_config
+from ldm import storage
+from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
+from ldm.config import Config
+from ldm.interop.diffusers import load_autoencoder, save_autoencoder, save_unet, weights_digest
+from ldm.latents import LatentSpace
+from ldm.samplers.sample import SamplerConfig
+from ldm.text_to_image import (
+    AUTOENCODER_FOLDER,
+    MODEL_FILE,
+    UNET_FOLDER,
+    ModelCard,
+    TextToImage,
+    load_card,
+    model_digest,
+    save_card,
+)
+from ldm.training.checkpoint import CheckpointStore
+from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig
+from ldm.training.ema import EmaConfig
+from ldm.training.engine import Engine, EngineConfig
+from ldm.training.engines import build_engine
+from ldm.training.local_launch import LaunchConfig, Outcome
+from ldm.training.loop import LoopConfig, Progress, Surroundings, train
+from ldm.training.optim import OptimConfig
+from ldm.training.tracking_config import TrackingConfig
+from ldm.training.world import World
+from ldm.types import Image
+from ldm.unet.model import UNet, UNetConfig
+from pipeline.encode import check_latents
+from pipeline.loader import LatentLoader, LoaderConfig
+from pipeline.store.manifest import Manifest, load_manifest
+from pipeline.store.schema import Split
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreviewConfig(Config):
+    """Sample images that are drawn along the training, from the averaged weights."""
+
+    prompts: tuple[str, ...] = ()
+    """Captions to draw; none draws nothing."""
+    sampler: SamplerConfig = SamplerConfig(num_steps=20)
+    """How they, and later the finished model's images, are sampled."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale; 1 is none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainLdmConfig(Config):
+    """Stage 2: train the conditional denoiser on cached latents."""
+
+    root: str
+    """Folder or URL of this training: checkpoints and the finished model."""
+    record: str
+    """Local folder of the run's own record (numbers and pictures), kept whether MLflow answers or not."""
+    latents: str
+    """Folder or URL of the latent cache."""
+    autoencoder: str
+    """Folder or URL of the autoencoder that made it."""
+    text: TextEncoderConfig
+    """The text encoder that made it."""
+    unet: UNetConfig
+    """The denoiser."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What it learns."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and learning rate."""
+    ema: EmaConfig = EmaConfig()
+    """Moving average of the weights, which is what is validated and used."""
+    engine: EngineConfig = EngineConfig()
+    """Local engine or DeepSpeed."""
+    loop: LoopConfig = LoopConfig()
+    """Length and intervals."""
+    launch: LaunchConfig = LaunchConfig()
+    """Where it runs, and on how many workers."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """Sample images along the way."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    batch_size: int = 64
+    """Rows of a batch over all workers."""
+    caption_dropout: float = 0.1
+    """Share of rows whose caption is replaced by the empty one, for classifier-free guidance."""
+    num_streams: int = 8
+    """Canonical streams of the data order; the number of workers must divide it, and a change of it is another order."""
+    cache_folder: str = ""
+    """Local folder for copies of remote shards."""
+    seed: int = 0
+    """Seed of initial weights and all draws."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.num_streams:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of num_streams {self.num_streams}")
+
+    @property
+    def model_folder(self) -> str:
+        """Where the finished model lies."""
+        return storage.join(self.root, "model")
+
+    def identity(self, manifest: Manifest) -> dict[str, object]:
+        """Return what a checkpoint must have been made with to be resumed; lengths and intervals may change."""
+        parts = {"unet": self.unet, "objective": self.objective, "optim": self.optim, "ema": self.ema}
+        own = {name: part.to_dict() for name, part in parts.items()}
+        engine = {"kind": self.engine.kind.value, "precision": self.engine.precision.value}
+        order = {"batch_size": self.batch_size, "num_streams": self.num_streams, "seed": self.seed}
+        return {**own, "engine": engine, **order, "caption_dropout": self.caption_dropout, "latents": manifest.digest}
+
+    def loader(self, split: Split) -> LoaderConfig:
+        """Return how rows of a split are read."""
+        return LoaderConfig(
+            root=self.latents,
+            split=split,
+            batch_size=self.batch_size,
+            num_streams=self.num_streams,
+            caption_dropout=self.caption_dropout if split is Split.TRAIN else 0.0,
+            seed=self.seed,
+            cache_folder=self.cache_folder,
+        )
+
+
+def check_inputs(config: TrainLdmConfig) -> Manifest:
+    """Refuse, before any worker starts, data that does not fit the configuration; return the latents' manifest.
+
+    Raises:
+        ValueError: naming what does not fit what.
+    """
+    manifest = load_manifest(config.latents)
+    autoencoder = load_autoencoder(config.autoencoder)
+    digest = weights_digest(autoencoder.state_dict(), autoencoder.config)
+    check_latents(manifest, autoencoder_digest=digest, text_digest=text_encoder_digest(config.text))
+    channels, width = autoencoder.config.latent_channels, int(manifest.summary["text_width"])
+    if config.unet.in_channels != channels or config.unet.context_width != width:
+        raise ValueError(
+            f"the latents have {channels} channels and text of width {width}, "
+            f"the unet takes {config.unet.in_channels} and {config.unet.context_width}"
+        )
+    if manifest.num_rows(Split.VALIDATION) == 0:
+        raise ValueError(f"{config.latents} holds no validation rows; hold some out when the dataset is made")
+    return manifest
+
+
+def train_ldm_worker(
+    config: TrainLdmConfig,
+    world: World,
+    report: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+    *,
+    run_id: str = "",
+) -> Outcome:
+    """Train in one process of the group; the main one records into the MLflow run and publishes the finished model."""
+    manifest = load_manifest(config.latents)
+    loader = LatentLoader(manifest, config.loader(Split.TRAIN), world.rank, world.size)
+    held_out = LatentLoader(manifest, config.loader(Split.VALIDATION), 0, 1)
+    torch.manual_seed(config.seed)
+    rows = config.batch_size // world.size
+    engine = build_engine(UNet(config.unet), config.optim, config.ema, config.engine, world, rows)
+    task = DiffusionTask(
+        engine=engine,
+        objective=config.objective,
+        optim=config.optim,
+        space=_space(manifest),
+        held_out=held_out,
+        world=world,
+        micro_batches=config.engine.micro_batches,
+        total_samples=config.loop.total_samples,
+        seed=config.seed,
+        preview=_preview(config, engine, manifest, world),
+    )
+    around = Surroundings(
+        world=world,
+        batch_size=config.batch_size,
+        checkpoints=checkpoint_store(config, manifest, world),
+        tracker=open_record(config.record, config.tracking.uri, run_id, world, report),
+        report=report,
+        should_stop=should_stop,
+    )
+    state = train(task, loader, config.loop, around)
+    is_finished = state.samples_seen >= config.loop.total_samples
+    if is_finished:
+        _publish(config, manifest, engine, world)
+    world.barrier()
+    return {"is_finished": is_finished, **state.to_dict()}
+
+
+def checkpoint_store(config: TrainLdmConfig, manifest: Manifest, world: World) -> CheckpointStore:
+    """Return the store of this training's checkpoints."""
+    root = storage.join(config.root, "checkpoints")
+    return CheckpointStore(root, config.identity(manifest), config.loop.keep_checkpoints, world)
+
+
+def is_done(config: TrainLdmConfig, manifest: Manifest) -> bool:
+    """Say whether the finished model is there, made of these latents by this configuration."""
+    if not storage.exists(storage.join(config.model_folder, MODEL_FILE)):
+        return False
+    state = checkpoint_store(config, manifest, World(rank=0, size=1, device=torch.device("cpu"))).latest_state()
+    lineage = load_card(config.model_folder).lineage
+    is_same = lineage.get("latents_digest") == manifest.digest
+    return is_same and state is not None and state.samples_seen >= config.loop.total_samples
+
+
+def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
+    """Return what a run would do: rows, batches, workers, parameters."""
+    with torch.device("meta"):
+        num_parameters = sum(weight.numel() for weight in UNet(config.unet).parameters())
+    num_rows, workers = manifest.num_rows(Split.TRAIN), config.launch.num_workers
+    rows = config.batch_size // workers
+    micro = config.engine.micro_batches(rows)
+    steps = -(-config.loop.total_samples // config.batch_size)
+    return "\n".join(
+        [
+            f"train     {num_rows:,} rows of {config.latents} ({len(manifest.shards_of(Split.TRAIN))} shards), "
+            f"{manifest.num_rows(Split.VALIDATION):,} held out",
+            f"network   {num_parameters / 1e6:,.1f} M parameters, {config.engine.precision}",
+            f"batch     {config.batch_size} = {workers} workers x {len(micro)} micro-batches x {micro[0][1]} rows",
+            f"length    {config.loop.total_samples:,} samples = {steps:,} steps = "
+            f"{config.loop.total_samples / max(1, num_rows):.1f} epochs",
+            f"workers   {workers} x ({config.launch.cpus_per_worker:g} CPU, {config.launch.gpus_per_worker:g} GPU), "
+            f"engine {config.engine.kind}" + (f" ({config.engine.zero_config})" if config.engine.kind == "deepspeed" else ""),
+            f"output    {config.root}",
+        ]
+    )
+
+
+def _space(manifest: Manifest) -> LatentSpace:
+    return LatentSpace(mean=tuple(manifest.summary["mean"]), std=tuple(manifest.summary["std"]))
+
+
+def _card(config: TrainLdmConfig, manifest: Manifest, unet_digest: str) -> ModelCard:
+    space = _space(manifest)
+    _, height, width = manifest.summary["moment_shape"]
+    return ModelCard(
+        unet_digest=unet_digest,
+        autoencoder_digest=str(manifest.identity["autoencoder"]),
+        text=config.text,
+        text_digest=str(manifest.identity["text_encoder"]),
+        schedule=config.objective.schedule,
+        prediction=config.objective.prediction,
+        latent_mean=space.mean,
+        latent_std=space.std,
+        latent_size=(height, width),
+        sampler=config.preview.sampler,
+        guidance=config.preview.guidance,
+        lineage={
+            "latents_digest": manifest.digest,
+            "latents_uri": config.latents,
+            "dataset_digest": str(manifest.summary["dataset"]),
+            "autoencoder_uri": config.autoencoder,
+            "autoencoder_digest": str(manifest.identity["autoencoder"]),
+            "config_digest": config.digest(),
+        },
+    )
+
+
+def _preview(
+    config: TrainLdmConfig, engine: Engine, manifest: Manifest, world: World
+) -> Callable[[], dict[str, Image]] | None:
+    prompts = config.preview.prompts
+    if not prompts:
+        return None
+    model = TextToImage(
+        unet=engine.wrapped,
+        autoencoder=load_autoencoder(config.autoencoder).to(world.device).eval(),
+        text_encoder=TextEncoder(config.text, world.device),
+        card=_card(config, manifest, unet_digest=""),
+        device=world.device,
+    )
+    condition = model.condition(prompts)
+    seeds, scales = range(len(prompts)), [config.preview.guidance] * len(prompts)
+    return lambda: {"samples": model.images(condition, seeds, scales, config.preview.sampler)}
+
+
+def _publish(config: TrainLdmConfig, manifest: Manifest, engine: Engine, world: World) -> None:
+    """Write the model folder; the description comes last and makes it whole."""
+    weights = engine.weights()
+    if not world.is_main:
+        return
+    save_unet(config.unet, weights, storage.join(config.model_folder, UNET_FOLDER))
+    save_autoencoder(load_autoencoder(config.autoencoder), storage.join(config.model_folder, AUTOENCODER_FOLDER))
+    save_run_config(config, config.root)
+    card = _card(config, manifest, weights_digest(weights, config.unet))
+    save_card(card, config.model_folder)
+    logger.info("model %s in %s", model_digest(card), config.model_folder)

@@ -1,0 +1,58 @@
+"""Time grids: at which timesteps a sampler calls the network.
+
+Every grid has exactly `num_steps` falling timesteps and then the clean end, whether or not num_steps divides the number
+of timesteps a network was trained with.
+
+Letters: k number of steps + 1.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.diffusion.schedule import CLEAN_TIMESTEP, Schedule
+
+
+class Grid(StrEnum):
+    """How the timesteps of a sampler are spread."""
+
+    TRAILING = "trailing"
+    """Evenly, starting at the last timestep, where a latent is noisiest (Lin et al. 2024, table 2)."""
+    LEADING = "leading"
+    """Evenly, ending at timestep 0 (Song et al. 2021, appendix D.2); starts below the last timestep."""
+    LINSPACE = "linspace"
+    """Evenly from the last timestep to 0, both included (Nichol and Dhariwal 2021)."""
+    LOG_SNR = "log_snr"
+    """Evenly in log signal-to-noise ratio, fractional timesteps (Lu et al. 2022)."""
+
+
+def time_grid(grid: Grid, schedule: Schedule, num_steps: int) -> Float[Tensor, " k"]:
+    """Return num_steps falling timesteps and the clean end, float64.
+
+    Raises:
+        ValueError: if num_steps is not between 1 and the schedule's number of timesteps.
+    """
+    total = schedule.num_timesteps
+    if not 1 <= num_steps <= total:
+        raise ValueError(f"num_steps must lie between 1 and the schedule's {total} timesteps, got {num_steps}")
+    steps = torch.arange(num_steps, dtype=torch.float64)
+    match grid:
+        case Grid.TRAILING:
+            times = torch.round(total - steps * total / num_steps) - 1
+        case Grid.LEADING:
+            times = torch.floor(steps * total / num_steps).flip(0)
+        case Grid.LINSPACE:
+            times = torch.round(total - 1 - steps * (total - 1) / max(num_steps - 1, 1))
+        case Grid.LOG_SNR:
+            times = log_snr_times(schedule, num_steps)
+    return torch.cat([times, torch.tensor([CLEAN_TIMESTEP], dtype=torch.float64)])
+
+
+def log_snr_times(schedule: Schedule, num_times: int) -> Float[Tensor, " k"]:
+    """Return falling times from the last timestep to 0, evenly spaced in log signal-to-noise ratio."""
+    log_snr = torch.linspace(float(schedule.log_snr[-1]), float(schedule.log_snr[0]), num_times, dtype=torch.float64)
+    return schedule.timestep_at(log_snr)

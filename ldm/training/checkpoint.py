@@ -1,0 +1,168 @@
+"""Checkpoints: the state to resume, published whole, verified on load, bound to the run that made it.
+
+Order of a save: every process writes its files beside the target → their digests are gathered → the main process writes
+`state.json` with them, renames the folder and writes `latest` last → older ones beyond the last N are removed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldm import storage
+from ldm.training.engine import Engine
+from ldm.training.state import TrainState
+from ldm.training.world import World
+
+logger = logging.getLogger(__name__)
+STATE_FILE = "state.json"
+LATEST_FILE = "latest"
+
+
+class CheckpointStore:
+    """The checkpoints of one run under one folder, which may be remote.
+
+    Args:
+        root: folder or URL that every process reaches.
+        identity: what a state must have been made with to be resumed (configuration, digests of the data).
+        keep: how many of the latest stay.
+        world: the group of processes.
+    """
+
+    def __init__(self, root: str, identity: Mapping[str, Any], keep: int, world: World) -> None:
+        self.root = root
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._keep = keep
+        self._world = world
+
+    def save(self, engines: Mapping[str, Engine], state: TrainState) -> None:
+        """Publish the state; all processes call it together."""
+        name = f"{state.samples_seen:012d}"
+        with self._writing(name) as folder:
+            for part, engine in engines.items():
+                engine.save(folder / part)
+            self._world.barrier()
+            digests = self._world.gather(self._own_digests(folder))
+            if self._world.is_main:
+                merged = {path: digest for part in digests for path, digest in part.items()}
+                content = {"state": state.to_dict(), "identity": self._identity, "files": merged}
+                (folder / STATE_FILE).write_text(json.dumps(content, indent=1, sort_keys=True))
+            self._world.barrier()
+        if self._world.is_main:
+            storage.write_text(storage.join(self.root, LATEST_FILE), name)
+            self._forget_old()
+        self._world.barrier()
+
+    def restore(self, engines: Mapping[str, Engine]) -> TrainState | None:
+        """Load the latest whole checkpoint into the engines; None if there is none.
+
+        Raises:
+            ValueError: if it was made with another configuration or other data, naming each difference.
+        """
+        for name in reversed(self.names()):
+            with self._reading(name) as folder:
+                problem = self._problem_of(folder)
+                if problem:
+                    logger.warning("checkpoint %s is not used: %s", storage.join(self.root, name), problem)
+                    continue
+                content = json.loads((folder / STATE_FILE).read_text())
+                self._refuse_another_run(content["identity"], name)
+                for part, engine in engines.items():
+                    engine.load(folder / part)
+            return TrainState(**content["state"])
+        return None
+
+    def names(self) -> list[str]:
+        """Return the names of the published checkpoints, oldest first."""
+        return [name for name in storage.list_names(self.root) if name.isdigit()]
+
+    def latest_state(self) -> TrainState | None:
+        """Return where the run stands by its latest checkpoint, without loading weights."""
+        for name in reversed(self.names()):
+            path = storage.join(self.root, name, STATE_FILE)
+            if storage.exists(path):
+                return TrainState(**json.loads(storage.read_text(path))["state"])
+        return None
+
+    def check_identity(self) -> None:
+        """Refuse early, before any process is started, a folder that holds another run.
+
+        Raises:
+            ValueError: naming each difference.
+        """
+        for name in self.names()[-1:]:
+            path = storage.join(self.root, name, STATE_FILE)
+            if storage.exists(path):
+                self._refuse_another_run(json.loads(storage.read_text(path))["identity"], name)
+
+    def _own_digests(self, folder: Path) -> dict[str, str]:
+        """Digests of what lies in my folder; on a shared folder only the main process reads them."""
+        if storage.is_local(self.root) and not self._world.is_main:
+            return {}
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): storage.sha256_of(str(path)) for path in files}
+
+    def _problem_of(self, folder: Path) -> str:
+        if not (folder / STATE_FILE).is_file():
+            return "it has no state.json"
+        for path, digest in json.loads((folder / STATE_FILE).read_text())["files"].items():
+            if not (folder / path).is_file():
+                return f"{path} is missing"
+            if storage.sha256_of(str(folder / path)) != digest:
+                return f"{path} is not the file that was saved (its sha256 differs)"
+        return ""
+
+    def _refuse_another_run(self, saved: Mapping[str, Any], name: str) -> None:
+        differences = sorted(_differences("", saved, self._identity))
+        if differences:
+            listed = "\n  ".join(differences)
+            raise ValueError(
+                f"{storage.join(self.root, name)} is a checkpoint of another run:\n  {listed}\n"
+                "Take another --root, or the configuration that it was made with."
+            )
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        if storage.is_local(self.root):
+            partial = Path(self.root) / f".{name}.partial"
+            if self._world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self._world.barrier()
+            yield partial
+            if self._world.is_main:
+                shutil.rmtree(Path(self.root) / name, ignore_errors=True)
+                partial.rename(Path(self.root) / name)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+            files = [path for path in Path(scratch).rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: path.name == STATE_FILE):
+                storage.copy_file(str(path), storage.join(self.root, name, str(path.relative_to(scratch))))
+            self._world.barrier()
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        if storage.is_local(self.root):
+            yield Path(self.root) / name
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            storage.download_folder(storage.join(self.root, name), scratch)
+            yield Path(scratch)
+
+    def _forget_old(self) -> None:
+        for name in self.names()[: -self._keep]:
+            storage.remove_folder(storage.join(self.root, name))
+
+
+def _differences(where: str, saved: Any, now: Any) -> list[str]:
+    if isinstance(saved, Mapping) and isinstance(now, Mapping):
+        names = sorted({*saved, *now})
+        return [d for n in names for d in _differences(f"{where}.{n}" if where else n, saved.get(n), now.get(n))]
+    return [] if saved == now else [f"{where}: the checkpoint has {saved!r}, this run {now!r}"]

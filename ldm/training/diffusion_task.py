@@ -1,0 +1,167 @@
+"""Stage 2: a network learns to denoise latents under a condition (Rombach et al. 2022, eq. 3).
+
+Order of a step: moments → posterior sample → scaled latent → noise and timestep of each row → network → loss → update.
+Every draw of a row is a function of (seed, position of the row), so it does not matter which process trains on it.
+
+Letters: b batch, c latent channel, h latent row, w latent column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.config import Config
+from ldm.diffusion.process import Prediction, corrupt
+from ldm.diffusion.schedule import Schedule, ScheduleConfig
+from ldm.evaluation.denoising import Denoising
+from ldm.latents import LatentSpace
+from ldm.losses.diffusion import Weighting, per_sample_loss
+from ldm.randomness import Draw, normal, uniform
+from ldm.training.engine import Engine
+from ldm.training.optim import OptimConfig, learning_rate
+from ldm.training.world import World
+from ldm.types import Condition, Image, LatentBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig(Config):
+    """What the network learns."""
+
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Noise schedule."""
+    prediction: Prediction = Prediction.NOISE
+    """What the network puts out: noise (the paper), velocity or clean."""
+    weighting: Weighting = Weighting.UNIFORM
+    """How timesteps weigh in the loss: uniform (the paper) or min_snr."""
+    validation_rows: int = 384
+    """Held-out rows of a validation, rounded down to a multiple of 64 (or to what there is, if less)."""
+
+
+class HeldOut(Protocol):
+    """Held-out rows in a fixed order."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+        ...
+
+    def rows(self, start: int, stop: int) -> LatentBatch:
+        """Return rows [start, stop), `samples` counting from 0, first captions, nothing dropped."""
+        ...
+
+
+class DiffusionTask:
+    """Trains one conditional denoiser.
+
+    Args:
+        engine: the engine around the network.
+        objective: what is learned.
+        optim: the learning rate's schedule.
+        space: raw and scaled latents.
+        held_out: validation rows.
+        world: the group of processes.
+        micro_batches: a process's rows → (start, stop) of each micro-batch.
+        total_samples: length of the run, for the learning rate.
+        seed: of all draws.
+        preview: draws sample images with the current weights, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        objective: ObjectiveConfig,
+        optim: OptimConfig,
+        space: LatentSpace,
+        held_out: HeldOut,
+        world: World,
+        micro_batches: Callable[[int], list[tuple[int, int]]],
+        total_samples: int,
+        seed: int,
+        preview: Callable[[], dict[str, Image]] | None,
+    ) -> None:
+        self.engines: Mapping[str, Engine] = {"unet": engine}
+        self._engine = engine
+        self._objective = objective
+        self._optim = optim
+        self._space = space
+        self._schedule = Schedule(objective.schedule)
+        self._held_out = held_out
+        self._world = world
+        self._micro_batches = micro_batches
+        self._total_samples = total_samples
+        self._seed = seed
+        self._preview = preview
+
+    def step(self, batch: LatentBatch, samples_seen: int, num_samples: int) -> dict[str, Tensor | float]:
+        """Make one update; see `Task.step`."""
+        parts = [batch.rows(start, stop) for start, stop in self._micro_batches(len(batch.keys))]
+        losses: list[Tensor] = []
+        lr = learning_rate(self._optim, samples_seen, self._total_samples)
+        norm = self._engine.update(
+            [partial(self._micro_loss, part, losses) for part in parts], lr, (samples_seen + num_samples, num_samples)
+        )
+        return {"loss": torch.stack(losses).mean(), "grad_norm": norm, "learning_rate": lr}
+
+    def validate(self) -> dict[str, float]:
+        """Return the denoising loss on held-out rows with the averaged weights."""
+        num_rows = usable_rows(min(self._held_out.num_rows, self._objective.validation_rows))
+        measure = Denoising(
+            schedule=self._schedule, prediction=self._objective.prediction, space=self._space, num_rows=num_rows
+        )
+        share = num_rows // self._world.size
+        total = torch.zeros((), device=self._world.device)
+        with self._engine.averaged(), torch.no_grad():
+            for start in range(self._world.rank * share, (self._world.rank + 1) * share, 64):
+                stop = min(start + 64, (self._world.rank + 1) * share)
+                total += measure.losses(self._network, self._on_device(self._held_out.rows(start, stop))).sum()
+        return {"validation_loss": float(self._world.mean(total)) / share}
+
+    def pictures(self) -> dict[str, Image]:
+        """Return sample images of the averaged weights."""
+        if self._preview is None:
+            return {}
+        with self._engine.averaged(), torch.no_grad():
+            return self._preview()
+
+    def _micro_loss(self, batch: LatentBatch, losses: list[Tensor]) -> Tensor:
+        device = self._world.device
+        rows = batch.samples.tolist()
+        shape = (self._space.num_channels, *batch.moments.shape[-2:])
+        noise = normal(self._seed, Draw.NOISE, rows, shape).to(device)
+        posterior_noise = normal(self._seed, Draw.POSTERIOR, rows, shape).to(device)
+        timestep = (uniform(self._seed, Draw.TIMESTEP, rows) * self._schedule.num_timesteps).floor().float().to(device)
+        on_device = self._on_device(batch)
+        clean = self._space.scaled(on_device.moments, posterior_noise)
+        at = self._schedule.scales(timestep)
+        noisy = corrupt(clean, noise, at)
+        output = self._network(noisy, timestep, on_device.condition).float()
+        loss = per_sample_loss(self._objective.prediction, output, clean, noise, at, self._objective.weighting).mean()
+        losses.append(loss.detach())
+        return loss
+
+    def _network(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Call the wrapped network in the dtype of its weights."""
+        dtype = next(self._engine.raw.parameters()).dtype
+        output: Tensor = self._engine.wrapped(noisy.to(dtype), timestep, condition.to(noisy.device, dtype))
+        return output
+
+    def _on_device(self, batch: LatentBatch) -> LatentBatch:
+        device = self._world.device
+        return LatentBatch(
+            keys=batch.keys,
+            samples=batch.samples,
+            moments=batch.moments.to(device, torch.float32, non_blocking=True),
+            condition=batch.condition.to(device, torch.float32),
+        )
+
+
+def usable_rows(num_rows: int) -> int:
+    """Return the rows that a validation takes, so that every number of processes up to 64 shares them evenly."""
+    return num_rows // 64 * 64 or num_rows

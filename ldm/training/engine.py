@@ -1,0 +1,170 @@
+"""Engines: how a module's gradients become new weights on one process or many.
+
+Order of an update: for each micro-batch forward and backward (gradients synchronised at the last) → clip → optimizer →
+EMA. An engine owns one module, its optimizer and its average; a task owns one engine for each network that it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ldm.config import Config
+from ldm.training.ema import Ema, EmaConfig, swapped_in
+from ldm.training.optim import OptimConfig, build_optimizer, set_learning_rate
+from ldm.training.world import World
+
+
+class EngineKind(StrEnum):
+    """Which engine turns gradients into weights."""
+
+    LOCAL = "local"
+    DEEPSPEED = "deepspeed"
+
+
+class Precision(StrEnum):
+    """Number format of the forward and backward passes; weights are kept in float32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig(Config):
+    """How weights are updated."""
+
+    kind: EngineKind = EngineKind.LOCAL
+    """local: plain PyTorch, data parallel when there are several processes. deepspeed: ZeRO."""
+    zero_config: str = "infra/deepspeed/zero2.json"
+    """DeepSpeed's own settings (stage, offload, buckets); batch, rate, clipping and precision come from here."""
+    precision: Precision = Precision.FP32
+    """fp32, or bf16 where the hardware has it (slower than fp32 on a CPU without AMX)."""
+    micro_batch_size: int = 0
+    """Rows of one forward pass on one process; 0 takes the process's whole share of the batch."""
+
+    def micro_batches(self, rows: int) -> list[tuple[int, int]]:
+        """Return the (start, stop) of each micro-batch of a process's share of `rows`."""
+        size = self.micro_batch_size or rows
+        if rows % size:
+            raise ValueError(f"engine.micro_batch_size {size} does not divide the {rows} rows of a process")
+        return [(start, start + size) for start in range(0, rows, size)]
+
+
+class Engine(Protocol):
+    """What a task needs to train one module."""
+
+    raw: nn.Module
+    """The module itself, for names, shapes and evaluation; training calls `wrapped`."""
+    wrapped: Callable[..., Any]
+    """The module as gradients are synchronised through it."""
+
+    def update(self, micro_losses: Sequence[Callable[[], Tensor]], lr: float, samples: tuple[int, int]) -> Tensor:
+        """Make one step on the mean of the micro-batches' losses.
+
+        Args:
+            micro_losses: each runs one forward pass through `wrapped` and returns its mean loss.
+            lr: the learning rate of this step.
+            samples: (samples seen at the end of this step, samples of this step), over all processes.
+
+        Returns:
+            The global norm of the gradient before clipping, shape (), not yet read back from the device.
+        """
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Run a block with the averaged weights in `raw`. All processes enter it together."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the whole averaged weights, float32 on the CPU. All processes call it together."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the state to resume into `folder`. All processes call it together."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Take over a saved state. All processes call it together."""
+        ...
+
+
+class LocalEngine:
+    """Plain PyTorch: one process, or DistributedDataParallel over several."""
+
+    def __init__(
+        self, module: nn.Module, optim: OptimConfig, ema: EmaConfig, config: EngineConfig, world: World
+    ) -> None:
+        self.raw = module.to(world.device)
+        self._world = world
+        self._optim = optim
+        self._config = config
+        self._optimizer = build_optimizer(self.raw.parameters(), optim)
+        self._ema = Ema(dict(self.raw.named_parameters()), ema) if ema.half_life_samples else None
+        self.wrapped: Callable[..., Any] = DistributedDataParallel(self.raw) if world.size > 1 else self.raw
+
+    def update(self, micro_losses: Sequence[Callable[[], Tensor]], lr: float, samples: tuple[int, int]) -> Tensor:
+        """Make one step; see `Engine.update`."""
+        self._optimizer.zero_grad(set_to_none=True)
+        for i, micro_loss in enumerate(micro_losses):
+            with self._maybe_unsynchronised(is_last=i == len(micro_losses) - 1):
+                with self._autocast():
+                    loss = micro_loss()
+                torch.autograd.backward(loss / len(micro_losses))
+        bound = self._optim.clip_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.raw.parameters(), bound, error_if_nonfinite=False)
+        set_learning_rate(self._optimizer, lr)
+        self._optimizer.step()
+        if self._ema is not None:
+            self._ema.update(dict(self.raw.named_parameters()), *samples)
+        return norm
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Run a block with the averaged weights in `raw`."""
+        return (
+            nullcontext()
+            if self._ema is None
+            else swapped_in(dict(self.raw.named_parameters()), self._ema.state_dict())
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the averaged weights, float32 on the CPU."""
+        source = dict(self.raw.named_parameters()) if self._ema is None else self._ema.state_dict()
+        return {name: weight.detach().float().cpu().clone() for name, weight in source.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and averages; every process holds the same, the main one writes."""
+        if not self._world.is_main:
+            return
+        content = {
+            "module": self.raw.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "ema": None if self._ema is None else self._ema.state_dict(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(content, folder / "local.pt")
+
+    def load(self, folder: Path) -> None:
+        """Take over what `save` wrote."""
+        content = torch.load(folder / "local.pt", map_location=self._world.device, weights_only=True)
+        self.raw.load_state_dict(content["module"])
+        self._optimizer.load_state_dict(content["optimizer"])
+        if self._ema is not None:
+            self._ema.load_state_dict(content["ema"])
+
+    def _maybe_unsynchronised(self, is_last: bool) -> AbstractContextManager[None]:
+        if isinstance(self.wrapped, DistributedDataParallel) and not is_last:
+            return self.wrapped.no_sync()
+        return nullcontext()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._config.precision is Precision.FP32:
+            return nullcontext()
+        return torch.autocast(self._world.device.type, dtype=torch.bfloat16)

@@ -1,0 +1,172 @@
+"""THE Ray Train file: the worker function of a training on Ray's workers.
+
+A board (an actor without CPU) carries progress to the driver and the wish to stop to the workers. Ray Train starts the
+workers again when one dies, and each goes on from the latest checkpoint.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+import ray.exceptions
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from ldm.training.local_launch import LaunchConfig, Outcome, Worker, ignore
+from ldm.training.loop import Progress
+from ldm.training.world import World
+
+POLL_SECONDS = 0.5
+
+
+class Board:
+    """Carries progress one way and the wish to stop the other."""
+
+    def __init__(self) -> None:
+        self._news: list[Progress] = []
+        self._outcome: Outcome = {}
+        self._is_stopping = False
+
+    def put(self, progress: Progress) -> None:
+        """Add a piece of news for the driver."""
+        self._news.append(progress)
+
+    def take(self) -> list[Progress]:
+        """Return the news since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    def finish(self, outcome: Outcome) -> None:
+        """Leave the main worker's outcome."""
+        self._outcome = outcome
+
+    def outcome(self) -> Outcome:
+        """Return the main worker's outcome."""
+        return self._outcome
+
+    def ask_to_stop(self) -> None:
+        """Ask the workers to save and stop."""
+        self._is_stopping = True
+
+    def is_stopping(self) -> bool:
+        """Say whether the workers are asked to stop."""
+        return self._is_stopping
+
+
+def run_on_ray(
+    worker: Worker, config: Any, launch: LaunchConfig, name: str, watch: Callable[[Progress], None]
+) -> Outcome:
+    """Run the worker on Ray's workers and return the main one's outcome. Ray must be initialised.
+
+    A KeyboardInterrupt asks the workers to save and stop, waits for them, and is raised again; a second one gives up.
+
+    Raises:
+        ValueError: if Ray does not have the CPUs or GPUs asked for.
+        RuntimeError: if the workers failed more often than allowed, with the first cause.
+    """
+    _check_resources(launch)
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"worker": worker, "config": config, "board": board, "launch": launch},
+        torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=launch.num_workers,
+            use_gpu=launch.gpus_per_worker > 0,
+            resources_per_worker=_resources(launch),
+        ),
+        run_config=RunConfig(name=name, failure_config=FailureConfig(max_failures=launch.max_failures)),
+    )
+    failures: list[BaseException] = []
+    # Not in the main thread: there Ray Train takes over SIGINT and aborts the workers, who then can't save.
+    fitting = threading.Thread(target=_fit, args=(trainer, failures), daemon=True)
+    fitting.start()
+    try:
+        _watch_until_done(fitting, board, watch)
+    except KeyboardInterrupt:
+        watch(
+            Progress(done=0, total=0, notice="stopping: the workers finish their step and save (again Ctrl-C gives up)")
+        )
+        ray.get(board.ask_to_stop.remote())
+        _watch_until_done(fitting, board, watch)
+        raise
+    if failures:
+        raise _readable(failures[0]) from failures[0]
+    outcome: Outcome = ray.get(board.outcome.remote())
+    return outcome
+
+
+def _work(payload: Mapping[str, Any]) -> None:
+    """Run the worker inside a process of Ray Train's."""
+    launch: LaunchConfig = payload["launch"]
+    board = payload["board"]
+    context = get_context()
+    if not launch.gpus_per_worker:
+        torch.set_num_threads(max(1, int(launch.cpus_per_worker)))
+    world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=torch.device(get_device()))
+    report: Callable[[Progress], None] = (lambda progress: board.put.remote(progress)) if world.is_main else ignore
+    outcome = payload["worker"](payload["config"], world, report, _StopPoll(board, world))
+    if world.is_main:
+        ray.get(board.finish.remote(outcome))
+
+
+class _StopPoll:
+    """Asks the board at most twice a second whether to stop; only the main process asks."""
+
+    def __init__(self, board: Any, world: World) -> None:
+        self._board = board
+        self._is_main = world.is_main
+        self._asked = time.monotonic()
+
+    def __call__(self) -> bool:
+        if not self._is_main or time.monotonic() - self._asked < POLL_SECONDS:
+            return False
+        self._asked = time.monotonic()
+        return bool(ray.get(self._board.is_stopping.remote()))
+
+
+def _fit(trainer: TorchTrainer, failures: list[BaseException]) -> None:
+    try:
+        trainer.fit()
+    except Exception as error:  # noqa: BLE001 - handed to the main thread, which raises it
+        failures.append(error)
+
+
+def _watch_until_done(fitting: threading.Thread, board: Any, watch: Callable[[Progress], None]) -> None:
+    is_alive = True
+    while is_alive:
+        fitting.join(POLL_SECONDS)
+        is_alive = fitting.is_alive()
+        for progress in ray.get(board.take.remote()):
+            watch(progress)
+
+
+def _check_resources(launch: LaunchConfig) -> None:
+    there: dict[str, float] = ray.cluster_resources()
+    for name, wanted in (("CPU", launch.cpus_per_worker), ("GPU", launch.gpus_per_worker)):
+        needed = wanted * launch.num_workers
+        if needed > there.get(name, 0):
+            raise ValueError(
+                f"{launch.num_workers} workers with {wanted:g} {name} each need {needed:g} {name}, the Ray cluster has "
+                f"{there.get(name, 0):g}: lower launch.num_workers, or add nodes"
+            )
+
+
+def _resources(launch: LaunchConfig) -> dict[str, float]:
+    resources = {"CPU": launch.cpus_per_worker}
+    return {**resources, "GPU": launch.gpus_per_worker} if launch.gpus_per_worker else resources
+
+
+def _readable(failure: BaseException) -> Exception:
+    """Return the worker's own ValueError where there is one: it is for the person, not for a traceback."""
+    for cause in getattr(failure, "worker_failures", {}).values():
+        inner = getattr(cause, "_base_exc", getattr(cause, "cause", cause))
+        if isinstance(inner, ValueError):
+            return ValueError(str(inner))
+        return RuntimeError(f"training failed: {inner!r}"[:2000])
+    return RuntimeError(f"training failed: {failure!r}"[:2000])

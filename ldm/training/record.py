@@ -1,0 +1,158 @@
+"""The record of a run: numbers and pictures in a local folder, whatever else may be down.
+
+`record.jsonl` holds one entry a line, `pictures/` the grids. A mirror (MLflow) is sent each entry after it is on disk;
+`sent` counts those that arrived. When the mirror fails, the run goes on, says so loudly, and a replay sends the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image as PILImage
+
+from ldm.types import Image
+
+RECORD_FILE = "record.jsonl"
+SENT_FILE = "sent"
+
+
+class Tracker(Protocol):
+    """Where numbers and pictures go."""
+
+    def log_metrics(self, metrics: Mapping[str, float], samples_seen: int) -> None:
+        """Record metrics at a time of the clock."""
+        ...
+
+    def log_picture(self, name: str, images: Image, samples_seen: int) -> None:
+        """Record a grid of images, shape (b, 3, y, x) in [-1, 1]."""
+        ...
+
+
+class Mirror(Protocol):
+    """A place that entries of a record are copied to."""
+
+    def send(self, folder: Path, entry: Mapping[str, Any]) -> None:
+        """Copy one entry.
+
+        Raises:
+            MirrorError: if the place can't be reached.
+        """
+        ...
+
+
+class MirrorError(OSError):
+    """A mirror could not be reached."""
+
+
+class SilentTracker:
+    """The tracker of the processes that record nothing."""
+
+    def log_metrics(self, metrics: Mapping[str, float], samples_seen: int) -> None:
+        """Ignore the metrics; the main process records them."""
+
+    def log_picture(self, name: str, images: Image, samples_seen: int) -> None:
+        """Ignore the picture; the main process records it."""
+
+
+class Record:
+    """The record of one run on disk.
+
+    Args:
+        folder: local folder of the record.
+        mirror: where entries are copied to, or None.
+        notify: called with a sentence that a person must see, when the mirror fails.
+    """
+
+    def __init__(self, folder: str, mirror: Mirror | None, notify: Callable[[str], None]) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._folder / RECORD_FILE
+        self._mirror = mirror
+        self._notify = notify
+        psutil.cpu_percent()  # The first call measures nothing; later ones measure since the one before.
+
+    def log_metrics(self, metrics: Mapping[str, float], samples_seen: int) -> None:
+        """Record metrics, and the machine's own, at a time of the clock."""
+        now = int(time.time() * 1000)
+        self._append({"metrics": {**metrics, **system_metrics()}, "samples_seen": samples_seen, "time_ms": now})
+
+    def log_picture(self, name: str, images: Image, samples_seen: int) -> None:
+        """Save a grid as PNG and record where it lies."""
+        path = self._folder / "pictures" / f"{name}_{samples_seen:09d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PILImage.fromarray(grid_of(images)).save(path)
+        self._append({"picture": str(path.relative_to(self._folder)), "samples_seen": samples_seen})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self._file.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self._mirror is None:
+            return
+        try:
+            send_pending(self._folder, self._mirror)
+        except MirrorError as error:
+            self._mirror = None
+            self._notify(str(error))
+
+
+def send_pending(folder: Path, mirror: Mirror, start: int | None = None) -> int:
+    """Send the entries that have not arrived yet and return how many those were.
+
+    Args:
+        folder: the record's folder.
+        mirror: where to.
+        start: number of the first entry to send; None goes on after those that arrived.
+    """
+    mark = folder / SENT_FILE
+    first = start if start is not None else int(mark.read_text()) if mark.is_file() else 0
+    sent = 0
+    for entry in _entries(folder / RECORD_FILE, first):
+        mirror.send(folder, entry)
+        sent += 1
+        mark.write_text(str(first + sent))
+    return sent
+
+
+def system_metrics() -> dict[str, float]:
+    """Return this machine's load under MLflow's own names for system metrics."""
+    memory = psutil.virtual_memory()
+    metrics = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/system_memory_usage_megabytes": memory.used / 1e6,
+        "system/system_memory_usage_percentage": memory.percent,
+        "system/process_memory_usage_megabytes": psutil.Process().memory_info().rss / 1e6,
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        metrics["system/gpu_0_memory_usage_megabytes"] = (total - free) / 1e6
+        metrics["system/gpu_0_memory_usage_percentage"] = 100 * (total - free) / total
+    return metrics
+
+
+def grid_of(images: Image, columns: int = 0, gap: int = 2) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return one uint8 picture (rows, columns, 3) of a batch in [-1, 1], white gaps between."""
+    batch = (
+        ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    )
+    count, height, width, _ = batch.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for i, picture in enumerate(batch):
+        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = picture
+    return canvas
+
+
+def _entries(record: Path, start: int) -> Iterator[dict[str, Any]]:
+    with record.open() as file:
+        for number, line in enumerate(file):
+            if number >= start and line.endswith("\n"):
+                yield json.loads(line)

@@ -1,0 +1,44 @@
+"""What is trained: a task turns a batch into updates of its networks, measures itself and draws what a person looks at.
+
+The loop knows only this protocol; stage 1 (autoencoder against discriminator) and stage 2 (denoiser) are two tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from ldm.training.engine import Engine
+from ldm.types import Image
+
+BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
+
+
+class Task(Protocol[BatchT_contra]):
+    """One thing to train."""
+
+    engines: Mapping[str, Engine]
+    """Every network that is trained, by name; checkpoints save and restore each."""
+
+    def step(self, batch: BatchT_contra, samples_seen: int, num_samples: int) -> dict[str, Tensor | float]:
+        """Make one update on this process's share of a batch.
+
+        Args:
+            batch: the share's rows.
+            samples_seen: rows seen by all processes before this batch.
+            num_samples: rows of the whole batch over all processes.
+
+        Returns:
+            Metrics of this process's share, still on the device.
+        """
+        ...
+
+    def validate(self) -> dict[str, float]:
+        """Measure on held-out rows with the averaged weights. All processes call it together; the same on each."""
+        ...
+
+    def pictures(self) -> dict[str, Image]:
+        """Return named batches of images to look at, for the main process; all processes call it together."""
+        ...

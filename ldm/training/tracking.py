@@ -1,0 +1,232 @@
+"""THE MLflow tracking file: runs, their inputs and files, and the mirror of a run's local record.
+
+Order of a run: `open_run` makes it (or finds it again) → `MlflowMirror` copies the record's entries as they come →
+`log_inputs`, `log_file`, `end_run` at the end. What could not be sent, `replay` sends afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow.data.dataset import Dataset
+from mlflow.data.dataset_source import DatasetSource
+from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from ldm import storage
+from ldm.training.record import RECORD_FILE, MirrorError, send_pending
+from ldm.training.tracking_config import TrackingConfig
+
+logger = logging.getLogger(__name__)
+MAX_PARAM_CHARS = 6_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataInput:
+    """A dataset that a run was fed.
+
+    Attributes:
+        name: what it is called in MLflow.
+        uri: where it lies.
+        digest: the digest of its manifest.
+        context: what for, as "training".
+        profile: counts and facts worth a glance.
+    """
+
+    name: str
+    uri: str
+    digest: str
+    context: str
+    profile: dict[str, Any]
+
+
+class MlflowMirror:
+    """Copies a record's entries into one MLflow run."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self._uri = uri
+        self._run_id = run_id
+        self._client = MlflowClient(uri)
+
+    def send(self, folder: Path, entry: Mapping[str, Any]) -> None:
+        """Copy one entry; see `Mirror.send`."""
+        try:
+            if "picture" in entry:
+                self._client.log_artifact(self._run_id, str(folder / entry["picture"]), "pictures")
+                return
+            time_ms, step = entry["time_ms"], entry["samples_seen"]
+            metrics = [Metric(name, float(value), time_ms, step) for name, value in entry["metrics"].items()]
+            self._client.log_batch(self._run_id, metrics=metrics)
+        except (MlflowException, OSError) as error:
+            raise MirrorError(f"{offline_notice(str(folder), self._uri)} ({_first_line(error)})") from error
+
+
+def offline_notice(folder: str, uri: str) -> str:
+    """Return what a person reads when MLflow does not answer."""
+    return (
+        f"MLflow at {uri} does not answer: training goes on, everything is kept in {Path(folder) / RECORD_FILE}. "
+        f"Bring it into MLflow later with: python -m jobs.replay_record {folder} --uri {uri}"
+    )
+
+
+def open_run(config: TrackingConfig, folder: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
+    """Return the id of the MLflow run of this folder, made at the first call and found again at later ones.
+
+    The id, the parameters and tags are kept in `run.json` so that a record made without a server can be replayed.
+    An empty id means that MLflow could not be reached (or none is configured).
+    """
+    path = storage.join(folder, "run.json")
+    known: dict[str, Any] = json.loads(storage.read_text(path)) if storage.exists(path) else {}
+    about = {"name": name, "experiment": config.experiment, "params": dict(params), "tags": dict(tags)}
+    run_id = str(known.get("run_id", "")) if known.get("uri", config.uri) == config.uri else ""
+    if config.uri:
+        try:
+            run_id = _ensure_run(config, run_id, about)
+        except (MlflowException, OSError) as error:
+            logger.warning("MLflow at %s does not answer: %s", config.uri, _first_line(error))
+            run_id = ""
+    storage.write_text(path, json.dumps({"uri": config.uri, "run_id": run_id, **about}, indent=1))
+    return run_id
+
+
+def log_inputs(uri: str, run_id: str, inputs: list[DataInput]) -> None:
+    """Name the data that a run was fed, with digests, as MLflow dataset inputs."""
+    entities = [
+        DatasetInput(_ManifestDataset(data)._to_mlflow_entity(), [InputTag("mlflow.data.context", data.context)])
+        for data in inputs
+    ]
+    MlflowClient(uri).log_inputs(run_id, datasets=entities)
+
+
+def end_run(uri: str, run_id: str, status: str) -> None:
+    """Mark a run FINISHED, KILLED or FAILED; a server that is away is warned about and does not undo the training."""
+    try:
+        MlflowClient(uri).set_terminated(run_id, status)
+    except (MlflowException, OSError) as error:
+        logger.warning("MLflow run %s could not be marked %s: %s", run_id, status, _first_line(error))
+
+
+def log_file(uri: str, run_id: str, path: str, folder: str = "") -> None:
+    """Copy a local file to a run's artifacts."""
+    MlflowClient(uri).log_artifact(run_id, path, folder or None)
+
+
+def log_values(uri: str, run_id: str, metrics: Mapping[str, float]) -> None:
+    """Record final measurements of a run."""
+    now = int(time.time() * 1000)
+    MlflowClient(uri).log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
+
+
+def replay(folder: str, uri: str) -> tuple[str, int]:
+    """Bring a record into MLflow and return (run id, number of entries sent); what is there is not sent again."""
+    about = json.loads((Path(folder) / "run.json").read_text())
+    config = TrackingConfig(uri=uri, experiment=about["experiment"])
+    has_run = about["uri"] == uri and bool(about["run_id"])
+    run_id = _ensure_run(config, about["run_id"] if has_run else "", about)
+    storage.write_text(storage.join(folder, "run.json"), json.dumps({**about, "uri": uri, "run_id": run_id}, indent=1))
+    sent = send_pending(Path(folder), MlflowMirror(uri, run_id), start=None if has_run else 0)
+    return run_id, sent
+
+
+def _ensure_run(config: TrackingConfig, run_id: str, about: Mapping[str, Any]) -> str:
+    client = MlflowClient(config.uri)
+    if run_id and _is_known(client, run_id):
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    experiment = client.get_experiment_by_name(config.experiment)
+    experiment_id = (
+        experiment.experiment_id
+        if experiment is not None
+        else client.create_experiment(config.experiment, artifact_location=_artifact_home(config))
+    )
+    run = client.create_run(experiment_id, run_name=about["name"], tags=dict(about["tags"]))
+    params = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in about["params"].items()]
+    for start in range(0, len(params), 100):
+        client.log_batch(run.info.run_id, params=params[start : start + 100])
+    return str(run.info.run_id)
+
+
+def _is_known(client: MlflowClient, run_id: str) -> bool:
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
+
+
+def _artifact_home(config: TrackingConfig) -> str | None:
+    if config.artifacts:
+        return str(Path(config.artifacts).resolve()) if storage.is_local(config.artifacts) else config.artifacts
+    if config.uri.startswith("sqlite:///"):
+        return str(Path(config.uri.removeprefix("sqlite:///")).resolve().parent / "mlflow-artifacts")
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
+
+
+class _ManifestSource(DatasetSource):
+    """Where a manifest's data lies."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    @staticmethod
+    def _get_source_type() -> str:
+        return "manifest"
+
+    def load(self, **_: Any) -> str:
+        """Return the folder or URL."""
+        return self.uri
+
+    @staticmethod
+    def _can_resolve(raw_source: Any) -> bool:
+        return isinstance(raw_source, str)
+
+    @classmethod
+    def _resolve(cls, raw_source: Any) -> _ManifestSource:
+        return cls(raw_source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for MLflow."""
+        return {"uri": self.uri}
+
+    @classmethod
+    def from_dict(cls, source_dict: dict[str, Any]) -> _ManifestSource:
+        """Return the source that `to_dict` described."""
+        return cls(source_dict["uri"])
+
+
+class _ManifestDataset(Dataset):
+    """A dataset whose digest is its manifest's."""
+
+    def __init__(self, data: DataInput) -> None:
+        self._data = data
+        super().__init__(_ManifestSource(data.uri), name=data.name, digest=data.digest[:36])
+
+    def _compute_digest(self) -> str:
+        return self._data.digest[:36]
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        """Counts and facts worth a glance."""
+        return self._data.profile
+
+    @property
+    def schema(self) -> None:
+        """Return nothing: rows are files in tars."""
+        return None
+
+    def to_dict(self) -> dict[str, str]:
+        """Return plain data for MLflow."""
+        return {**super().to_dict(), "schema": "", "profile": json.dumps(self._data.profile)}

@@ -1,0 +1,74 @@
+"""The group of processes that train one model: who I am, how many we are, where my tensors live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """One process's place in the group.
+
+    Attributes:
+        rank: my number, from 0.
+        size: how many processes train together.
+        device: where my tensors live.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Say whether I am the one that writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of `values` over all processes; the same on each."""
+        if self.size == 1:
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def any(self, flag: bool) -> bool:
+        """Say whether the flag is up on at least one process; the same answer on each."""
+        if self.size == 1:
+            return flag
+        raised = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return bool(raised.item())
+
+    def gather(self, item: Any) -> list[Any]:
+        """Return every process's picklable `item`, in rank order."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+
+@contextmanager
+def process_group(rank: int, size: int, device: torch.device) -> Iterator[World]:
+    """Yield the world of this process, joining a process group by torchrun's environment if none is joined yet."""
+    joined_here = size > 1 and not dist.is_initialized()
+    if joined_here:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size)
+    try:
+        yield World(rank=rank, size=size, device=device)
+    finally:
+        if joined_here:
+            dist.destroy_process_group()

@@ -1,0 +1,132 @@
+"""Transformer over the positions of a feature map, with cross-attention to a condition (Rombach et al. 2022, eq. 3).
+
+Order in a block: self-attention → cross-attention → gated feed-forward, each on a normalised input and added to it.
+
+Letters: b batch, c channel, h row, w column, n position (h times w), l token, d embedding width.
+Attributes are named so that parameter names are those of diffusers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ldm.types import TextStates
+
+NORM_EPSILON = 1e-6
+
+Tokens = Float[Tensor, "b n c"]
+Features = Float[Tensor, "b c h w"]
+KeyMask = Bool[Tensor, "b 1 1 l"]
+"""True where a token may be attended to, alike for all heads and positions."""
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, channels: int, context_width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_width, channels, bias=False)
+        self.to_v = nn.Linear(context_width, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, tokens: Tokens, context: TextStates, mask: KeyMask | None) -> Tokens:
+        """Return what each token gathers from the context."""
+        query = self._heads(self.to_q(tokens))
+        key = self._heads(self.to_k(context))
+        value = self._heads(self.to_v(context))
+        gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # b heads n width
+        projected: Tensor = self.to_out[0](gathered.transpose(1, 2).flatten(2))
+        return projected
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        batch, length, width = tokens.shape
+        return tokens.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)  # b heads n width
+
+
+class GatedLinear(nn.Module):
+    """GEGLU: one half of a projection times the GELU of the other (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_channels, 2 * out_channels)
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "b n e"]:
+        """Return the gated projection."""
+        hidden, gate = self.proj(tokens).chunk(2, dim=-1)
+        gated: Tensor = hidden * F.gelu(gate)
+        return gated
+
+
+class FeedForward(nn.Module):
+    """Gated expansion to four times the width, and back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The middle entry is where the layout counts its dropout.
+        self.net = nn.ModuleList(
+            [GatedLinear(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)]
+        )
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Return tokens of the same width."""
+        projected: Tensor = self.net[2](self.net[0](tokens))
+        return projected
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each beside a shortcut."""
+
+    def __init__(self, channels: int, context_width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, num_heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, context_width, num_heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, tokens: Tokens, context: TextStates, mask: KeyMask | None) -> Tokens:
+        """Return tokens of the same shape that have seen each other and the context."""
+        normed = self.norm1(tokens)
+        tokens = tokens + self.attn1(normed, normed, None)
+        tokens = tokens + self.attn2(self.norm2(tokens), context, mask)
+        return torch.add(tokens, self.ff(self.norm3(tokens)))
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution that acts on tokens: the layout's weight, a matrix product's speed."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 1)
+
+    def forward(self, input: Tokens) -> Tokens:
+        """Return each token times the weight."""
+        return F.linear(input, self.weight.flatten(1), self.bias)
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over all positions of a feature map, added to it."""
+
+    def __init__(self, channels: int, *, context_width: int, num_heads: int, depth: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPSILON)
+        self.proj_in = PointwiseConv(channels)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, context_width, num_heads) for _ in range(depth)
+        )
+        self.proj_out = PointwiseConv(channels)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Features, context: TextStates, mask: KeyMask | None) -> Features:
+        """Return features of the same shape that have seen each other and the context."""
+        tokens = self.proj_in(self.norm(features).flatten(2).transpose(1, 2))  # b n c
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context, mask)
+        added = self.proj_out(tokens).transpose(1, 2).reshape(features.shape)  # b c h w
+        return torch.add(features, added)

@@ -1,0 +1,222 @@
+"""Batches of a latent cache: which rows come next is a pure function of (manifest, config, rank, world, samples seen).
+
+Order: positions of the batch → rows (`pipeline.order`) → one gather of moments for each shard, from a memory map of its
+tar → caption choice, dropout and flip, each drawn at the row's own position → `LatentBatch`, some batches ahead.
+
+Letters: b batch, m moment channel, h latent row, w latent column, l token, d embedding width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import count
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float16, Float64
+
+from ldm.conditioning.text import pad_states
+from ldm.config import Config
+from ldm.randomness import Draw, uniform
+from ldm.types import Condition, LatentBatch
+from pipeline.latent_shard import LATENT_FILES, LatentShard, open_latent_shard
+from pipeline.local_shards import open_local_shards
+from pipeline.order import Order, Positions, Rows, check_world, rank_positions, rows_at, sequential_rows_at
+from pipeline.prefetch import prefetched
+from pipeline.store.manifest import Manifest
+from pipeline.store.schema import Split
+
+MAX_OPEN_SHARDS = 1024
+WINDOW_ROWS = 256
+"""Rows of one rank gathered together and then cut into batches, so that more rows share the cost of each shard."""
+WINDOW_ROWS = 256
+"""Rows of one rank gathered together and then cut into batches: the cost of touching a shard is shared by more rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderConfig(Config):
+    """Which latents are read, in which order, and what is drawn for a row when it is loaded."""
+
+    root: str
+    """Folder of the latents, local or remote."""
+    split: Split = Split.TRAIN
+    """Part of the latents."""
+    batch_size: int = 64
+    """Rows of a global batch, over all ranks; a multiple of the number of ranks."""
+    num_streams: int = 8
+    """Canonical streams of the order; the number of ranks must divide it."""
+    block_rows: int = 8192
+    """Rows shuffled together inside a stream."""
+    caption_dropout: float = 0.1
+    """Share of rows whose caption is replaced by the empty one, for classifier-free guidance."""
+    seed: int = 0
+    """Seed of the order and of the draws."""
+    prefetch_batches: int = 4
+    """Batches made ahead of the consumer."""
+    cache_folder: str = ""
+    """Local folder for copies of a remote root's shards; a local root needs none."""
+    has_digest_check: bool = False
+    """Whether every file's sha256 is compared at the start (sizes always are)."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.caption_dropout <= 1.0:
+            raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+        if self.prefetch_batches < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"prefetch_batches and batch_size must be at least 1, got {self.prefetch_batches}, {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderState:
+    """All that a loader needs to go on: how many samples of the endless sequence were seen."""
+
+    samples_seen: int
+
+
+class LatentLoader:
+    """Reads batches of one split for one rank; `wait_seconds` is how long consumers waited for them so far."""
+
+    def __init__(self, manifest: Manifest, config: LoaderConfig, rank: int = 0, world: int = 1) -> None:
+        """Check files and world size; read nothing yet.
+
+        Raises:
+            ValueError: if a file is missing or not whole, or `world` does not divide the streams and the batch.
+        """
+        check_world(world=world, num_streams=config.num_streams, batch_size=config.batch_size)
+        self.config = config
+        self.wait_seconds = 0.0
+        self._rank, self._world = rank, world
+        self._max_tokens = int(manifest.identity["max_tokens"])
+        self._files = open_local_shards(
+            manifest,
+            config.root,
+            config.split,
+            LATENT_FILES,
+            cache_folder=config.cache_folder,
+            has_digest_check=config.has_digest_check,
+        )
+        self._order = Order(
+            shard_sizes=self._files.sizes,
+            seed=config.seed,
+            num_streams=config.num_streams,
+            block_rows=config.block_rows,
+        )
+        self._open: OrderedDict[int, LatentShard] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the split: one epoch over all ranks."""
+        return self._order.num_rows
+
+    def batches(self, samples_seen: int = 0) -> Iterator[LatentBatch]:
+        """Yield this rank's share of each global batch, endlessly, from `samples_seen` on, made ahead on a thread."""
+        num_together = max(1, WINDOW_ROWS * self._world // self.config.batch_size)
+        step = num_together * self.config.batch_size
+        windows = ((start, start + step) for start in count(samples_seen, step))
+        depth = -(-self.config.prefetch_batches // num_together)
+        share = self.config.batch_size // self._world
+        with closing(prefetched(lambda span: self._drawn(*span), windows, depth, self._record_wait)) as made:
+            for window in made:
+                yield from (window.rows(start, start + share) for start in range(0, len(window.keys), share))
+
+    def rows(self, start: int, stop: int) -> LatentBatch:
+        """Return rows [start, stop) of the split in the manifest's order, each with its first caption."""
+        positions, rows = self._fixed(start, stop)
+        never = np.zeros(len(positions), bool)
+        return self._batch(positions, rows, _Draws(np.zeros(len(positions)), never, never))
+
+    def captions(self, start: int, stop: int) -> list[str]:
+        """Return the first caption of rows [start, stop) of the split in the manifest's order."""
+        _, rows = self._fixed(start, stop)
+        tables = [self._shard(int(shard)).text for shard in rows.shards]
+        first = [table.choices[table.choice_offsets[row]] for table, row in zip(tables, rows.rows, strict=True)]
+        return [table.text(int(caption)) for table, caption in zip(tables, first, strict=True)]
+
+    def null_condition(self, batch_size: int) -> Condition:
+        """Return the condition of the empty caption, `batch_size` times."""
+        null = self._shard(0).text.embedding(0)
+        return _condition([null] * batch_size, self._max_tokens)
+
+    def _record_wait(self, seconds: float) -> None:
+        self.wait_seconds += seconds
+
+    def _fixed(self, start: int, stop: int) -> tuple[Positions, Rows]:
+        if not 0 <= start < stop <= self.num_rows:
+            raise ValueError(f"rows [{start}, {stop}) are not within the split's {self.num_rows}")
+        positions = np.arange(start, stop, dtype=np.int64)
+        return positions, sequential_rows_at(self._order, positions)
+
+    def _drawn(self, start: int, stop: int) -> LatentBatch:
+        """Return this rank's rows of positions [start, stop), with what is drawn for each at its position."""
+        positions = rank_positions(start, stop, self._rank, self._world)
+        never = np.zeros(len(positions), bool)
+        draws = _Draws(
+            quantiles=self._uniform(Draw.CAPTION, positions),
+            dropped=self._uniform(Draw.DROPOUT, positions) < self.config.caption_dropout,
+            flipped=self._uniform(Draw.FLIP, positions) < 0.5 if self._shard(0).has_flips else never,
+        )
+        return self._batch(positions, rows_at(self._order, positions), draws)
+
+    def _uniform(self, draw: Draw, positions: Positions) -> Float64[np.ndarray, " b"]:
+        drawn: Float64[np.ndarray, " b"] = uniform(self.config.seed, draw, positions).numpy()
+        return drawn
+
+    def _batch(self, positions: Positions, rows: Rows, draws: _Draws) -> LatentBatch:
+        shape = self._shard(int(rows.shards[0])).shape
+        moments = np.empty((len(positions), *shape), np.float16)
+        keys = [""] * len(positions)
+        embeddings = [np.empty((0, 0), np.float16)] * len(positions)
+        numbers = np.unique(rows.shards)
+        self._files.fetch([int(number) for number in numbers if int(number) not in self._open])
+        for number in numbers:
+            shard = self._shard(int(number))
+            here = np.flatnonzero(rows.shards == number)
+            shard_rows = rows.rows[here]
+            moments[here] = shard.moments(shard_rows, draws.flipped[here])
+            captions = np.where(draws.dropped[here], 0, shard.text.chosen(shard_rows, draws.quantiles[here]))
+            for place, row, caption in zip(here.tolist(), shard_rows.tolist(), captions.tolist(), strict=True):
+                keys[place] = shard.keys[row]
+                embeddings[place] = shard.text.embedding(caption)
+        return LatentBatch(
+            keys=tuple(keys),
+            samples=torch.from_numpy(positions),
+            moments=torch.from_numpy(moments).float(),
+            condition=_condition(embeddings, self._max_tokens),
+        )
+
+    def _shard(self, number: int) -> LatentShard:
+        """Return a shard's memory maps; the most recently used ones stay open."""
+        with self._lock:
+            shard = self._open.pop(number, None)
+            if shard is None:
+                shard = open_latent_shard(*(self._files.path(number, suffix) for suffix in LATENT_FILES))
+            self._open[number] = shard
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+            return shard
+
+
+class _Draws(NamedTuple):
+    """What is drawn for each row of a batch.
+
+    Attributes:
+        quantiles: where in [0, 1) of its captions a row's choice lies.
+        dropped: whether the caption is replaced by the empty one.
+        flipped: whether the moments are those of the mirrored image.
+    """
+
+    quantiles: Float64[np.ndarray, " b"]
+    dropped: Bool[np.ndarray, " b"]
+    flipped: Bool[np.ndarray, " b"]
+
+
+def _condition(embeddings: Sequence[Float16[np.ndarray, "_ d"]], max_tokens: int) -> Condition:
+    states, mask = pad_states(embeddings, max_tokens)
+    return Condition(states=states, mask=mask)

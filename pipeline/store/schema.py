@@ -1,0 +1,68 @@
+"""What a row is, before and after ingest, and how it is named.
+
+A key is a digest of what identifies the row at its source, never its position: adding rows, or changing the shard
+size, renames nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+SCHEMA_VERSION = 1
+"""Raised whenever a folder written by older code can no longer be read as one written by this."""
+
+KEY_LENGTH = 24
+"""Hex digits of a key: 96 bits, so that among 10^9 rows two keys meet with probability below 10^-11."""
+
+JSON: TypeAlias = Any
+"""A value that JSON can hold: None, bool, int, float, str, or a list or dict of these."""
+
+Row: TypeAlias = dict[str, Any]
+"""One row of a tar: `__key__` (str) and its members by suffix (bytes), as WebDataset has them."""
+
+
+class Split(StrEnum):
+    """The part of a dataset that a row belongs to."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceRow:
+    """One image with its texts as a source offers it, before anything was fetched or decoded.
+
+    Attributes:
+        key: the row's name, from `key_of`.
+        captions: texts of the image, the best first; may be empty.
+        payload: the image's encoded bytes, or None where they must be fetched.
+        url: where the bytes are, or None where they are here.
+        attributes: whatever else the source knows, kept in the row's JSON.
+    """
+
+    key: str
+    captions: tuple[str, ...]
+    payload: bytes | None = None
+    url: str | None = None
+    attributes: dict[str, JSON] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Why an input row is not in the dataset.
+
+    Attributes:
+        reason: a fixed word such as "http_404" or "too_small", under which rows are counted.
+        detail: what was found, for a person to read.
+    """
+
+    reason: str
+    detail: str = ""
+
+
+def key_of(identity: str) -> str:
+    """Return the key of what `identity` names: 24 hex digits of its sha256."""
+    return hashlib.sha256(identity.encode()).hexdigest()[:KEY_LENGTH]

@@ -1,0 +1,93 @@
+"""Text embeddings of one latents shard: each distinct caption once, and which of them every row may draw.
+
+The file is a safetensors of
+    tokens (t, d) float16, all embeddings end to end, unpadded;   offsets (n + 1) int64, where each embedding stops,
+    letters (u) uint8, all captions in UTF-8 end to end;          letter_offsets (n + 1) int64,
+    choices (k) int32, the captions of all rows end to end;       choice_offsets (rows + 1) int64.
+Caption 0 is the empty one, the null condition; the others are sorted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from jaxtyping import Float16, Float64, Int32, Int64, UInt8
+
+NULL_CAPTION = ""
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextTable:
+    """The embeddings of a shard, usually as views of a memory map; fields as in the file."""
+
+    tokens: Float16[np.ndarray, "t d"]
+    offsets: Int64[np.ndarray, " n_plus_1"]
+    letters: UInt8[np.ndarray, " u"]
+    letter_offsets: Int64[np.ndarray, " n_plus_1"]
+    choices: Int32[np.ndarray, " k"]
+    choice_offsets: Int64[np.ndarray, " rows_plus_1"]
+
+    def embedding(self, caption: int) -> Float16[np.ndarray, "l d"]:
+        """Return the embedding of a caption by its number."""
+        return self.tokens[self.offsets[caption] : self.offsets[caption + 1]]
+
+    def text(self, caption: int) -> str:
+        """Return a caption by its number."""
+        letters = self.letters[self.letter_offsets[caption] : self.letter_offsets[caption + 1]]
+        return letters.tobytes().decode()
+
+    def chosen(self, rows: Int64[np.ndarray, " b"], quantiles: Float64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
+        """Return one caption a row: the one at the given quantile, in [0, 1), of the row's captions."""
+        starts = self.choice_offsets[rows]
+        counts = self.choice_offsets[rows + 1] - starts
+        numbers: Int32[np.ndarray, " b"] = self.choices[starts + (quantiles * counts).astype(np.int64)]
+        return numbers.astype(np.int64)
+
+
+def distinct_captions(captions: Sequence[Sequence[str]]) -> list[str]:
+    """Return the captions of all rows, each once: the empty one first, the others sorted."""
+    return [NULL_CAPTION, *sorted({caption for row in captions for caption in row} - {NULL_CAPTION})]
+
+
+def table_bytes(
+    distinct: Sequence[str], embeddings: Sequence[Float16[np.ndarray, "_ d"]], choices: Sequence[Sequence[int]]
+) -> bytes:
+    """Return the file's content: `embeddings` of the `distinct` captions, and each row's caption numbers."""
+    letters = [caption.encode() for caption in distinct]
+    tensors = {
+        "tokens": np.concatenate(embeddings),
+        "offsets": _offsets([len(row) for row in embeddings]),
+        "letters": np.frombuffer(b"".join(letters), np.uint8),
+        "letter_offsets": _offsets([len(row) for row in letters]),
+        "choices": np.array([number for row in choices for number in row], np.int32),
+        "choice_offsets": _offsets([len(row) for row in choices]),
+    }
+    return safetensors.numpy.save(tensors)
+
+
+def open_text_table(path: Path) -> TextTable:
+    """Return the table in a local file as views of a memory map: nothing but the header is read."""
+    content = np.asarray(np.memmap(path, np.uint8, mode="r"))
+    body = 8 + int(content[:8].view("<u8")[0])
+    header = json.loads(content[8:body].tobytes())
+    fields = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        fields[name] = content[body + start : body + stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return TextTable(**fields)
+
+
+def _offsets(lengths: Sequence[int]) -> Int64[np.ndarray, " n_plus_1"]:
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
