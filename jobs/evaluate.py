@@ -24,7 +24,9 @@ def main() -> None:
     there = report_there(config)
     if dry_run:
         print(f"model     {config.model_folder} ({model_digest(card)[:12]})")
-        print(f"protocol  {config.protocol.digest()[:12]}: {config.protocol.num_images} images, {config.protocol.sampler}")
+        print(
+            f"protocol  {config.protocol.digest()[:12]}: {config.protocol.num_images} images, {config.protocol.sampler}"
+        )
         print("evaluated already" if there else "not evaluated yet")
         return
     report = there or launch(evaluate_worker, config, config.launch, "evaluate")

@@ -22,7 +22,9 @@ def main() -> None:
     path = config.picture_path()
     is_there = storage.exists(path)
     if dry_run:
-        print(f"{len(config.prompts)} prompts x {len(config.guidance)} scales, {config.sampler.num_steps} steps: {path}")
+        print(
+            f"{len(config.prompts)} prompts x {len(config.guidance)} scales, {config.sampler.num_steps} steps: {path}"
+        )
         print("drawn already" if is_there else "not drawn yet")
         return
     if not is_there:

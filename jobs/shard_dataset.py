@@ -23,7 +23,10 @@ def main() -> None:
         return
     with ray_session():
         report = run(plan)
-    print(f"dataset   {report.num_rows:,} rows in {report.num_shards} new shards, {report.num_skipped} already there: {plan.root}")
+    print(
+        f"dataset   {report.num_rows:,} rows in {report.num_shards} new shards, "
+        f"{report.num_skipped} shards already there: {plan.root}"
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def main() -> None:
     outcome = run_training(
         config, train_autoencoder_worker, title="autoencoder", data=manifest, data_uri=config.dataset
     )
-    scores = "  ".join(f"{name.removeprefix('validation_')} {value:.3f}" for name, value in outcome["last_validation"].items())
+    scores = "  ".join(
+        f"{name.removeprefix('validation_')} {value:.3f}" for name, value in outcome["last_validation"].items()
+    )
     print(f"autoencoder {outcome['samples_seen']:,} samples, held out: {scores}: {config.model_folder}")
 
 

@@ -33,7 +33,10 @@ def main() -> None:
         outcome = run_training(config, train_ldm_worker, title="ldm", data=manifest, data_uri=config.latents)
         first, last = (outcome[name]["validation_loss"] for name in ("first_validation", "last_validation"))
         if is_main_process():
-            print(f"model     {outcome['samples_seen']:,} samples, validation loss {first:.4f} -> {last:.4f}: {config.model_folder}")
+            print(
+                f"model     {outcome['samples_seen']:,} samples, validation loss {first:.4f} -> {last:.4f}: "
+                f"{config.model_folder}"
+            )
     if is_main_process() and (registered := register_model(config)):
         print(f'registered {registered.uri}: mlflow.pyfunc.load_model("{registered.uri}").predict(["a red heart"])')
 

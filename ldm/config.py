@@ -27,11 +27,13 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dicts, lists, numbers and strings; a nested union member names its type under `type`."""
-        return _plain(self)
+        plain: dict[str, Any] = _plain(self)
+        return plain
 
     def to_yaml(self) -> str:
         """Return the YAML text that `from_yaml` reads back to an equal object."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return text
 
     def flat(self) -> dict[str, str]:
         """Return dotted names to values as text, for trackers that know only flat parameters."""
@@ -51,7 +53,8 @@ class Config:
         raw = yaml.safe_load(text)
         if not isinstance(raw, dict):
             raise ValueError(f"a config file holds a mapping of fields, got {type(raw).__name__}")
-        return _build(cls, raw, cls.__name__)
+        built: Self = _build(cls, raw, cls.__name__)
+        return built
 
 
 def digest_of(content: Any) -> str:
@@ -93,7 +96,8 @@ def _build(expected: Any, raw: Any, where: str) -> Any:
         kinds = typing.get_args(expected)
         item_kinds = [kinds[0]] * len(raw) if len(kinds) == 2 and kinds[1] is Ellipsis else kinds
         _checked(raw, len(item_kinds) == len(raw), where, f"{len(item_kinds)} items")
-        return tuple(_build(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(item_kinds, raw, strict=True)))
+        numbered = enumerate(zip(item_kinds, raw, strict=True))
+        return tuple(_build(kind, item, f"{where}[{i}]") for i, (kind, item) in numbered)
     if origin is dict:
         _checked(raw, isinstance(raw, dict), where, "a mapping")
         return {name: _build(typing.get_args(expected)[1], item, f"{where}.{name}") for name, item in raw.items()}
@@ -139,7 +143,7 @@ def _build_config(expected: type[Config], raw: Any, where: str) -> Config:
     for name in given:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"{where} has no field {name!r}{hint} It has: {', '.join(fields)}")
     for name, field in fields.items():
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING

@@ -1,7 +1,7 @@
 """THE MLflow model file: a trained model as a version in the registry, and as a pyfunc that draws.
 
-A version holds a pointer (address and digest of the model folder), never a second copy of the weights. Its tags name what
-it was made of, so that model, latents, dataset, code and evaluation can be followed from either end.
+A version holds a pointer (address and digest of the model folder), never a second copy of the weights. Its tags name
+what it was made of, so that model, latents, dataset, code and evaluation can be followed from either end.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RegisteredTextToImage(PythonModel):
         pointer = json.loads(Path(context.artifacts[POINTER]).read_text())
         found = model_digest(load_card(pointer["uri"]))
         if found != pointer["digest"]:
-            raise ValueError(f"the registry points to model {pointer['digest']} in {pointer['uri']}, there lies {found}")
+            raise ValueError(f"{pointer['uri']} was registered as model {pointer['digest']}, now there lies {found}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_text_to_image(pointer["uri"], device)
 

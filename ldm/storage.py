@@ -31,7 +31,7 @@ def join(root: str, *parts: str) -> str:
 def exists(path: str) -> bool:
     """Say whether a file or folder is there."""
     system, inner = url_to_fs(path)
-    return system.exists(inner)
+    return bool(system.exists(inner))
 
 
 def is_local(path: str) -> bool:
@@ -46,7 +46,8 @@ def read_bytes(path: str) -> bytes:
         FileNotFoundError: if there is none.
     """
     with fsspec.open(path, "rb") as file:
-        return file.read()
+        content: bytes = file.read()
+    return content
 
 
 def read_text(path: str) -> str:

@@ -1,13 +1,11 @@
-"""Laws of ingest: any bytes give a picture or a reason, private addresses are never reached, the ledger is whole."""
+"""Laws of ingest: any bytes give a picture or a named reason, and the ledger has a line for every row."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pyarrow as pa
@@ -16,15 +14,15 @@ import pytest
 from PIL import Image
 
 from ldm.storage import read_bytes
-from pipeline.ingest.fetch import FetchConfig, Fetcher
 from pipeline.ingest.filters import FilterConfig, kept_captions, reject_shape
 from pipeline.ingest.stage import DatasetConfig, IngestStage, plan_dataset
 from pipeline.ingest.transforms import ImageFormat, Picture, decode, encode
 from pipeline.sources.emoji import EmojiConfig
 from pipeline.sources.folder import FolderConfig
 from pipeline.sources.parquet import UrlParquetConfig
-from pipeline.store.schema import Reject, SourceRow, Split
+from pipeline.store.schema import Reject, Split
 from pipeline.store.shards import read_rows
+from tests.image_server import LOCAL, PHOTO, image_server
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:
@@ -147,7 +145,6 @@ def test_decode_draws_a_long_svg_at_full_height():
     assert (pixels(long, 16) == (0, 0, 255)).all()
 
 
-PHOTO = encoded(Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)), "JPEG")
 DRAWING = encoded(Image.fromarray(np.random.default_rng(2).integers(0, 255, (64, 64, 3), dtype=np.uint8)), "PNG")
 
 
@@ -222,176 +219,10 @@ def test_filter_of_captions_cleans_and_keeps_order():
     assert kept_captions(["ab"], config).reason == "caption_length"
 
 
-# --- fetch ----------------------------------------------------------------------------------------------------------
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.server.seen.append(self.path)
-        kind, _, argument = self.path.strip("/").partition("/")
-        if kind == "redirect":
-            self.answer(302, b"", Location=argument)
-        elif kind == "status":
-            self.answer(int(argument), b"no")
-        elif kind == "cut":
-            self.answer(200, b"x" * 10, announced=1000)
-        elif kind == "flaky":
-            self.answer(503 if self.server.seen.count(self.path) == 1 else 200, b"second")
-        elif kind == "slow":
-            self.server.gate.wait(20)
-            self.answer(200, b"late")
-        elif kind == "drip":
-            self.send_response(200)
-            self.send_header("Connection", "close")
-            self.end_headers()
-            for _ in range(100):
-                self.wfile.write(b"x" * 100)
-            self.close_connection = True
-        else:
-            self.answer(200, PHOTO)
-
-    def answer(self, status, content, announced=None, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(announced or len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-        self.close_connection = announced is not None
-
-    def log_message(self, *_):
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):
-        """Clients that hang up are what some tests are about."""
-
-
 @pytest.fixture
 def server():
-    with Server(("127.0.0.1", 0), Handler) as running:
-        running.seen, running.gate = [], threading.Event()
-        running.url = f"http://127.0.0.1:{running.server_port}"
-        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
-        thread.start()
+    with image_server() as running:
         yield running
-        running.gate.set()
-        running.shutdown()
-        thread.join()
-
-
-LOCAL = FetchConfig(allowed_networks=("127.0.0.1/32",), timeout_seconds=5, max_bytes=9000)
-
-
-def fetch(url: str, config: FetchConfig = LOCAL) -> bytes | Reject:
-    with Fetcher(config) as fetcher:
-        return fetcher.fetch(url)
-
-
-def test_fetch_returns_the_bytes_also_through_redirects(server):
-    assert fetch(f"{server.url}/photo") == PHOTO
-    assert fetch(f"{server.url}/redirect/{server.url}/redirect/{server.url}/photo") == PHOTO
-
-
-@pytest.mark.parametrize(
-    "path, expected",
-    [
-        ("/status/404", "http_404"),
-        ("/status/410", "http_410"),
-        ("/cut", "cut_off"),
-        ("/drip", "too_large"),
-        ("/redirect/file:///etc/hostname", "not_http"),
-        ("/redirect//redirect//redirect/", "too_many_redirects"),
-    ],
-)
-def test_fetch_failure_names_its_cause(server, path, expected):
-    config = replace(LOCAL, max_redirects=1)
-    assert fetch(server.url + path, config).reason == expected
-
-
-def test_fetch_of_a_silent_server_times_out(server):
-    assert fetch(f"{server.url}/slow", replace(LOCAL, timeout_seconds=0.2, num_attempts=1)).reason == "timeout"
-
-
-def test_fetch_refuses_what_is_announced_as_too_large(server):
-    assert fetch(f"{server.url}/photo", replace(LOCAL, max_bytes=100)).reason == "too_large"
-
-
-def test_fetch_tries_again_only_where_the_cause_may_pass(server):
-    assert fetch(f"{server.url}/flaky") == b"second"
-    fetch(f"{server.url}/status/404")
-    assert server.seen == ["/flaky", "/flaky", "/status/404"]
-
-
-@pytest.mark.parametrize(
-    "host",
-    [
-        "127.0.0.1",
-        "localhost",
-        "[::1]",
-        "[::ffff:127.0.0.1]",
-        "10.0.0.1",
-        "192.168.1.1",
-        "169.254.169.254",
-        "0.0.0.0",
-        "100.64.0.1",
-        "[fd00::1]",
-        "[fe80::1]",
-        "[64:ff9b::7f00:1]",
-        "[2002:7f00:1::]",
-        "224.0.0.1",
-    ],
-)
-def test_fetch_never_connects_to_an_address_that_is_not_public(server, host):
-    outcome = fetch(f"http://{host}:{server.server_port}/photo", FetchConfig(timeout_seconds=5))
-    assert outcome.reason == "refused_address"
-    assert server.seen == []
-
-
-@pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "0177.0.0.1", "127.1"])
-def test_fetch_never_connects_to_a_disguised_private_address(server, host):
-    outcome = fetch(f"http://{host}:{server.server_port}/photo", FetchConfig(timeout_seconds=5, num_attempts=1))
-    assert outcome.reason in {"refused_address", "bad_url", "dns"}
-    assert server.seen == []
-
-
-def test_fetch_checks_the_address_of_every_redirect(server):
-    target = f"http://127.0.0.2:{server.server_port}/photo"
-    assert fetch(f"{server.url}/redirect/{target}").reason == "refused_address"
-    assert len(server.seen) == 1
-
-
-@pytest.mark.parametrize("url", ["ftp://example.com/a.jpg", "http://", "no url", "http://[::1"])
-def test_fetch_of_what_is_no_web_address_says_so(url):
-    assert fetch(url).reason in {"not_http", "bad_url"}
-
-
-def test_fetch_keeps_the_order_of_rows_whatever_finishes_first(server):
-    rows = [SourceRow(key=str(i), captions=(), url=f"{server.url}/{'slow' if i == 0 else 'photo'}") for i in range(20)]
-    rows[3] = SourceRow(key="3", captions=(), payload=b"here")
-    rows[4] = SourceRow(key="4", captions=())
-    with Fetcher(replace(LOCAL, num_connections=4)) as fetcher:
-        outcomes = []
-        threading.Timer(0.3, server.gate.set).start()
-        for row, outcome in fetcher.payloads(rows):
-            outcomes.append((row.key, outcome))
-    assert [key for key, _ in outcomes] == [str(i) for i in range(20)]
-    assert (outcomes[0][1], outcomes[3][1], outcomes[4][1], outcomes[5][1]) == (
-        b"late",
-        b"here",
-        Reject("no_image"),
-        PHOTO,
-    )
-
-
-def test_fetch_of_allowed_networks_must_be_networks():
-    with pytest.raises(ValueError, match="does not appear to be an IPv4 or IPv6 network"):
-        FetchConfig(allowed_networks=("everywhere",))
 
 
 # --- stage ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ldm.conditioning.text import TextEncoder, TextEncoderConfig, pad_states
 from ldm.types import Condition, LatentBatch
 from pipeline.images import ImageBatch, ImageLoader, ImageLoaderConfig, decode_pixels, image_of_pixels
 from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS
-from pipeline.loader import LatentLoader, LoaderConfig
+from pipeline.loader import WINDOW_ROWS, LatentLoader, LoaderConfig
 from pipeline.prefetch import prefetched
 from pipeline.store.manifest import load_manifest
 from pipeline.store.schema import Row, Split
@@ -101,6 +101,14 @@ def test_loader_start_at_samples_seen_is_the_tail_of_the_unbroken_sequence(made:
     odd = joined(take(latent_loader(made).batches(5), 3))
     everything = joined(unbroken)
     assert odd == {position: everything[position] for position in range(5, 17)}
+
+
+def test_loader_positions_run_on_over_every_seam_of_its_gathers(made: Path) -> None:
+    num_batches = 2 * WINDOW_ROWS // 4 + 3
+    unbroken = take(latent_loader(made).batches(), num_batches)
+    assert torch.equal(torch.cat([batch.samples for batch in unbroken]), torch.arange(4 * num_batches))
+    resumed = take(latent_loader(made).batches(20), num_batches - 5)
+    assert joined(resumed) == joined(unbroken[5:])
 
 
 def test_loader_epoch_holds_every_row_once_with_its_own_moments_and_one_of_its_captions(made: Path) -> None:

@@ -69,7 +69,8 @@ def train_autoencoder(home: str) -> TrainAutoencoderConfig:
         dataset=join(home, "dataset"),
         autoencoder=autoencoders.kl_f8(),
         loss=ReconstructionConfig(
-            perceptual=PerceptualConfig(kind=PerceptualKind.LPIPS_VGG, trunk_weights=join(home, VGG_WEIGHTS)), adversarial_start=600_000
+            perceptual=PerceptualConfig(kind=PerceptualKind.LPIPS_VGG, trunk_weights=join(home, VGG_WEIGHTS)),
+            adversarial_start=600_000,
         ),
         optim=OptimConfig(lr=1.08e-4, beta1=0.5, beta2=0.9, weight_decay=0.0),
         ema=EmaConfig(half_life_samples=500_000),

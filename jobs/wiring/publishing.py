@@ -37,7 +37,11 @@ def publish_evaluation(config: EvaluateConfig, report: dict[str, Any], has_passe
     except RegistryError as error:
         logger.warning("the evaluation is not on the registered version: %s", error)
         return
-    state = f"models:/{model.name}@champion is now version {model.version}" if has_passed else "no champion: it did not pass"
+    state = (
+        f"models:/{model.name}@champion is now version {model.version}"
+        if has_passed
+        else "no champion: it did not pass"
+    )
     print(f"registry  {state}")
 
 

@@ -24,9 +24,7 @@ def save_run_config(config: Config, root: str) -> None:
     storage.write_text(storage.join(root, CONFIG_FILE), config.to_yaml())
 
 
-def open_record(
-    folder: str, uri: str, run_id: str, world: World, report: Callable[[Progress], None]
-) -> Tracker:
+def open_record(folder: str, uri: str, run_id: str, world: World, report: Callable[[Progress], None]) -> Tracker:
     """Return the tracker of one process: the main one writes the record and mirrors it into an MLflow run."""
     if not world.is_main:
         return SilentTracker()

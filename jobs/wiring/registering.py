@@ -41,7 +41,9 @@ def register_model(config: TrainLdmConfig) -> RegisteredModel | None:
         return None
     content = {"model": model_digest(load_card(config.model_folder)), "registry": config.tracking.uri}
     version = {"name": made.name, "version": made.version, "uri": made.uri}
-    storage.write_text(storage.join(config.root, REGISTERED_FILE), json.dumps({**content, "version": version}, indent=1))
+    storage.write_text(
+        storage.join(config.root, REGISTERED_FILE), json.dumps({**content, "version": version}, indent=1)
+    )
     return made
 
 

@@ -94,7 +94,7 @@ class TrainLdmConfig(Config):
     caption_dropout: float = 0.1
     """Share of rows whose caption is replaced by the empty one, for classifier-free guidance."""
     num_streams: int = 8
-    """Canonical streams of the data order; the number of workers must divide it, and a change of it is another order."""
+    """Canonical streams of the data order; the number of workers must divide it."""
     cache_folder: str = ""
     """Local folder for copies of remote shards."""
     seed: int = 0
@@ -227,7 +227,8 @@ def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
             f"length    {config.loop.total_samples:,} samples = {steps:,} steps = "
             f"{config.loop.total_samples / max(1, num_rows):.1f} epochs",
             f"workers   {workers} x ({config.launch.cpus_per_worker:g} CPU, {config.launch.gpus_per_worker:g} GPU), "
-            f"engine {config.engine.kind}" + (f" ({config.engine.zero_config})" if config.engine.kind == "deepspeed" else ""),
+            f"engine {config.engine.kind}"
+            + (f" ({config.engine.zero_config})" if config.engine.kind == "deepspeed" else ""),
             f"output    {config.root}",
         ]
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from jobs.session import TrainingBar, code_version, is_main_process, ray_session, stop_request
 from jobs.wiring.recording import save_run_config
@@ -21,7 +20,9 @@ CHECKPOINT_BYTES = 500_000_000
 """Free disk asked for before a start; the real need grows with the network."""
 
 
-def run_training(config: TrainingConfig, worker: Callable[..., Outcome], *, title: str, data: Manifest, data_uri: str) -> Outcome:
+def run_training(
+    config: TrainingConfig, worker: Callable[..., Outcome], *, title: str, data: Manifest, data_uri: str
+) -> Outcome:
     """Run a training to its end, or until it is asked to stop, and return its outcome.
 
     Raises:

@@ -83,10 +83,11 @@ class HeldOutImages(Protocol):
         ...
 
 
+@dataclass(kw_only=True)
 class AutoencoderTask:
     """Trains an autoencoder and its discriminator in turns.
 
-    Args:
+    Attributes:
         autoencoder: the engine around the autoencoder.
         discriminator: the engine around the discriminator.
         perceptual: (image, reconstruction) → distance of each row.
@@ -98,65 +99,56 @@ class AutoencoderTask:
         seed: of all draws.
     """
 
-    def __init__(
-        self,
-        *,
-        autoencoder: Engine,
-        discriminator: Engine,
-        perceptual: Callable[[Tensor, Tensor], Tensor],
-        config: ReconstructionConfig,
-        optim: OptimConfig,
-        held_out: HeldOutImages,
-        world: World,
-        total_samples: int,
-        seed: int,
-    ) -> None:
-        self.engines: Mapping[str, Engine] = {"autoencoder": autoencoder, "discriminator": discriminator}
-        self._autoencoder = autoencoder
-        self._discriminator = discriminator
-        self._perceptual = perceptual
-        self._config = config
-        self._optim = optim
-        self._held_out = held_out
-        self._world = world
-        self._total_samples = total_samples
-        self._seed = seed
+    autoencoder: Engine
+    discriminator: Engine
+    perceptual: Callable[[Tensor, Tensor], Tensor]
+    config: ReconstructionConfig
+    optim: OptimConfig
+    held_out: HeldOutImages
+    world: World
+    total_samples: int
+    seed: int
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """Both networks, by name."""
+        return {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
 
     def step(self, batch: ImageRows, samples_seen: int, num_samples: int) -> dict[str, Tensor | float]:
         """Update the autoencoder, then the discriminator on what it made; see `Task.step`."""
-        images = batch.images.to(self._world.device)
-        lr = learning_rate(self._optim, samples_seen, self._total_samples)
+        images = batch.images.to(self.world.device)
+        lr = learning_rate(self.optim, samples_seen, self.total_samples)
         clock = (samples_seen + num_samples, num_samples)
         terms: dict[str, Tensor | float] = {"learning_rate": lr}
-        is_adversarial = self._config.adversarial_weight > 0 and samples_seen >= self._config.adversarial_start
+        is_adversarial = self.config.adversarial_weight > 0 and samples_seen >= self.config.adversarial_start
         made: list[Image] = []
         loss = partial(self._autoencoder_loss, images, batch.samples, terms, made if is_adversarial else None)
-        terms["grad_norm"] = self._autoencoder.update([loss], lr, clock)
+        terms["grad_norm"] = self.autoencoder.update([loss], lr, clock)
         if is_adversarial:
-            self._discriminator.update([partial(self._discriminator_loss, images, made[0], terms)], lr, clock)
+            self.discriminator.update([partial(self._discriminator_loss, images, made[0], terms)], lr, clock)
         return terms
 
     def validate(self) -> dict[str, float]:
         """Return PSNR, SSIM and the perceptual distance of held-out reconstructions with the averaged weights."""
-        num_rows = min(self._held_out.num_rows, self._config.validation_rows)
-        rows = range(self._world.rank, num_rows // self._world.size * self._world.size, self._world.size)
-        sums = torch.zeros(3, dtype=torch.float64, device=self._world.device)
+        num_rows = min(self.held_out.num_rows, self.config.validation_rows)
+        rows = range(self.world.rank, num_rows // self.world.size * self.world.size, self.world.size)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         network = self._raw_autoencoder()
-        with self._autoencoder.averaged(), torch.no_grad():
+        with self.autoencoder.averaged(), torch.no_grad():
             for start in range(0, len(rows), 32):
                 images = self._held_out_images(rows[start : start + 32])
                 made = network.decode(regularizer.mode(network.encode(images))).clamp(-1, 1)
-                shown = self._config.perceptual_rows or len(images)
-                distance = self._perceptual(images[:shown], made[:shown]).mean() * len(images)
+                shown = self.config.perceptual_rows or len(images)
+                distance = self.perceptual(images[:shown], made[:shown]).mean() * len(images)
                 sums += torch.stack([psnr(images, made).sum(), ssim(images, made).sum(), distance]).double()
-        means = (self._world.mean(sums) / max(1, len(rows))).tolist()
+        means = (self.world.mean(sums) / max(1, len(rows))).tolist()
         return dict(zip(("validation_psnr_db", "validation_ssim", "validation_perceptual"), means, strict=True))
 
     def pictures(self) -> dict[str, Image]:
         """Return held-out images, each beside its reconstruction."""
         network = self._raw_autoencoder()
-        images = self._held_out_images(range(min(8, self._held_out.num_rows)))
-        with self._autoencoder.averaged(), torch.no_grad():
+        images = self._held_out_images(range(min(8, self.held_out.num_rows)))
+        with self.autoencoder.averaged(), torch.no_grad():
             made = network.decode(regularizer.mode(network.encode(images)))
         return {"reconstructions": torch.stack([images, made], dim=1).flatten(0, 1)}
 
@@ -164,13 +156,13 @@ class AutoencoderTask:
         self, images: Image, samples: SampleIndex, terms: dict[str, Tensor | float], judged: list[Image] | None
     ) -> Tensor:
         """Return the loss of one batch; under an adversary its reconstructions are left in `judged`."""
-        config, network = self._config, self._raw_autoencoder()
+        config, network = self.config, self._raw_autoencoder()
         shape = (network.config.latent_channels, *(side // network.config.factor for side in images.shape[-2:]))
-        noise = normal(self._seed, Draw.POSTERIOR, samples.tolist(), shape).to(images.device)
-        made, moments = self._autoencoder.wrapped(images, noise)
+        noise = normal(self.seed, Draw.POSTERIOR, samples.tolist(), shape).to(images.device)
+        made, moments = self.autoencoder.wrapped(images, noise)
         shown = config.perceptual_rows or len(images)
         pixel = (images - made).abs().mean()
-        distance = self._perceptual(images[:shown], made[:shown]).mean() if config.perceptual_weight else pixel * 0
+        distance = self.perceptual(images[:shown], made[:shown]).mean() if config.perceptual_weight else pixel * 0
         reconstruction = pixel + config.perceptual_weight * distance
         kl = regularizer.kl_divergence(moments).mean()
         loss: Tensor = reconstruction + config.kl_weight * kl / images[0].numel()
@@ -184,26 +176,26 @@ class AutoencoderTask:
     def _adversarial(
         self, reconstruction: Tensor, made: Image, last_layer: nn.Parameter, terms: dict[str, Tensor | float]
     ) -> Tensor:
-        judge = self._discriminator.raw.requires_grad_(False)
+        judge = self.discriminator.raw.requires_grad_(False)
         generator = generator_loss(judge(made))
         judge.requires_grad_(True)
         weight = adaptive_weight(reconstruction, generator, last_layer)
         terms |= {"generator_loss": generator.detach(), "adaptive_weight": weight}
-        weighted: Tensor = self._config.adversarial_weight * weight * generator
+        weighted: Tensor = self.config.adversarial_weight * weight * generator
         return weighted
 
     def _discriminator_loss(self, images: Image, fake: Image, terms: dict[str, Tensor | float]) -> Tensor:
         # One forward for both halves: a data-parallel wrapper synchronises only what its last forward saw.
-        real_logits, fake_logits = self._discriminator.wrapped(torch.cat([images, fake])).chunk(2)
+        real_logits, fake_logits = self.discriminator.wrapped(torch.cat([images, fake])).chunk(2)
         loss = hinge_discriminator_loss(real_logits, fake_logits)
         terms |= {"discriminator_loss": loss.detach(), "logit_gap": (real_logits.mean() - fake_logits.mean()).detach()}
         return loss
 
     def _raw_autoencoder(self) -> Autoencoder:
-        network = self._autoencoder.raw
+        network = self.autoencoder.raw
         assert isinstance(network, Autoencoder)
         return network
 
     def _held_out_images(self, rows: range) -> Image:
-        parts = [self._held_out.rows(row, row + 1).images for row in rows]
-        return torch.cat(parts).to(self._world.device)
+        parts = [self.held_out.rows(row, row + 1).images for row in rows]
+        return torch.cat(parts).to(self.world.device)

@@ -1,4 +1,4 @@
-"""THE DeepSpeed file: an engine whose optimizer state, gradients and weights are sharded by ZeRO (Rajbhandari et al. 2020).
+"""THE DeepSpeed file: optimizer state, gradients and weights sharded by ZeRO (Rajbhandari et al. 2020).
 
 What DeepSpeed owns (stage, offload, buckets) is read from a JSON file; batch, precision, clipping and learning rate are
 ours, and a file that sets them too is refused. The moving average lies where the weights lie: whole on every process
@@ -38,7 +38,7 @@ OURS = {
 }
 TAG = "zero"
 
-# The shared-memory op serves only inference_all_reduce; building it costs minutes at the first run and needs a compiler.
+# This op serves only inference_all_reduce; building it needs a compiler and costs minutes at the first run.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

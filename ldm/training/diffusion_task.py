@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -56,10 +56,11 @@ class HeldOut(Protocol):
         ...
 
 
+@dataclass(kw_only=True)
 class DiffusionTask:
     """Trains one conditional denoiser.
 
-    Args:
+    Attributes:
         engine: the engine around the network.
         objective: what is learned.
         optim: the learning rate's schedule.
@@ -72,88 +73,81 @@ class DiffusionTask:
         preview: draws sample images with the current weights, or None.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        objective: ObjectiveConfig,
-        optim: OptimConfig,
-        space: LatentSpace,
-        held_out: HeldOut,
-        world: World,
-        micro_batches: Callable[[int], list[tuple[int, int]]],
-        total_samples: int,
-        seed: int,
-        preview: Callable[[], dict[str, Image]] | None,
-    ) -> None:
-        self.engines: Mapping[str, Engine] = {"unet": engine}
-        self._engine = engine
-        self._objective = objective
-        self._optim = optim
-        self._space = space
-        self._schedule = Schedule(objective.schedule)
-        self._held_out = held_out
-        self._world = world
-        self._micro_batches = micro_batches
-        self._total_samples = total_samples
-        self._seed = seed
-        self._preview = preview
+    engine: Engine
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    space: LatentSpace
+    held_out: HeldOut
+    world: World
+    micro_batches: Callable[[int], list[tuple[int, int]]]
+    total_samples: int
+    seed: int
+    preview: Callable[[], dict[str, Image]] | None
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """The one network that is trained."""
+        return {"unet": self.engine}
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return Schedule(self.objective.schedule)
 
     def step(self, batch: LatentBatch, samples_seen: int, num_samples: int) -> dict[str, Tensor | float]:
         """Make one update; see `Task.step`."""
-        parts = [batch.rows(start, stop) for start, stop in self._micro_batches(len(batch.keys))]
+        parts = [batch.rows(start, stop) for start, stop in self.micro_batches(len(batch.keys))]
         losses: list[Tensor] = []
-        lr = learning_rate(self._optim, samples_seen, self._total_samples)
-        norm = self._engine.update(
+        lr = learning_rate(self.optim, samples_seen, self.total_samples)
+        norm = self.engine.update(
             [partial(self._micro_loss, part, losses) for part in parts], lr, (samples_seen + num_samples, num_samples)
         )
         return {"loss": torch.stack(losses).mean(), "grad_norm": norm, "learning_rate": lr}
 
     def validate(self) -> dict[str, float]:
         """Return the denoising loss on held-out rows with the averaged weights."""
-        num_rows = usable_rows(min(self._held_out.num_rows, self._objective.validation_rows))
+        num_rows = usable_rows(min(self.held_out.num_rows, self.objective.validation_rows))
         measure = Denoising(
-            schedule=self._schedule, prediction=self._objective.prediction, space=self._space, num_rows=num_rows
+            schedule=self._schedule, prediction=self.objective.prediction, space=self.space, num_rows=num_rows
         )
-        share = num_rows // self._world.size
-        total = torch.zeros((), device=self._world.device)
-        with self._engine.averaged(), torch.no_grad():
-            for start in range(self._world.rank * share, (self._world.rank + 1) * share, 64):
-                stop = min(start + 64, (self._world.rank + 1) * share)
-                total += measure.losses(self._network, self._on_device(self._held_out.rows(start, stop))).sum()
-        return {"validation_loss": float(self._world.mean(total)) / share}
+        share = num_rows // self.world.size
+        total = torch.zeros((), device=self.world.device)
+        with self.engine.averaged(), torch.no_grad():
+            for start in range(self.world.rank * share, (self.world.rank + 1) * share, 64):
+                stop = min(start + 64, (self.world.rank + 1) * share)
+                total += measure.losses(self._network, self._on_device(self.held_out.rows(start, stop))).sum()
+        return {"validation_loss": float(self.world.mean(total)) / share}
 
     def pictures(self) -> dict[str, Image]:
         """Return sample images of the averaged weights."""
-        if self._preview is None:
+        if self.preview is None:
             return {}
-        with self._engine.averaged(), torch.no_grad():
-            return self._preview()
+        with self.engine.averaged(), torch.no_grad():
+            return self.preview()
 
     def _micro_loss(self, batch: LatentBatch, losses: list[Tensor]) -> Tensor:
-        device = self._world.device
+        device = self.world.device
         rows = batch.samples.tolist()
-        shape = (self._space.num_channels, *batch.moments.shape[-2:])
-        noise = normal(self._seed, Draw.NOISE, rows, shape).to(device)
-        posterior_noise = normal(self._seed, Draw.POSTERIOR, rows, shape).to(device)
-        timestep = (uniform(self._seed, Draw.TIMESTEP, rows) * self._schedule.num_timesteps).floor().float().to(device)
+        shape = (self.space.num_channels, *batch.moments.shape[-2:])
+        noise = normal(self.seed, Draw.NOISE, rows, shape).to(device)
+        posterior_noise = normal(self.seed, Draw.POSTERIOR, rows, shape).to(device)
+        timestep = (uniform(self.seed, Draw.TIMESTEP, rows) * self._schedule.num_timesteps).floor().float().to(device)
         on_device = self._on_device(batch)
-        clean = self._space.scaled(on_device.moments, posterior_noise)
+        clean = self.space.scaled(on_device.moments, posterior_noise)
         at = self._schedule.scales(timestep)
         noisy = corrupt(clean, noise, at)
         output = self._network(noisy, timestep, on_device.condition).float()
-        loss = per_sample_loss(self._objective.prediction, output, clean, noise, at, self._objective.weighting).mean()
+        loss = per_sample_loss(self.objective.prediction, output, clean, noise, at, self.objective.weighting).mean()
         losses.append(loss.detach())
         return loss
 
     def _network(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Call the wrapped network in the dtype of its weights."""
-        dtype = next(self._engine.raw.parameters()).dtype
-        output: Tensor = self._engine.wrapped(noisy.to(dtype), timestep, condition.to(noisy.device, dtype))
+        dtype = next(self.engine.raw.parameters()).dtype
+        output: Tensor = self.engine.wrapped(noisy.to(dtype), timestep, condition.to(noisy.device, dtype))
         return output
 
     def _on_device(self, batch: LatentBatch) -> LatentBatch:
-        device = self._world.device
+        device = self.world.device
         return LatentBatch(
             keys=batch.keys,
             samples=batch.samples,

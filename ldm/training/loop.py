@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ldm.config import Config
 from ldm.training.checkpoint import CheckpointStore
+from ldm.training.record import Tracker
 from ldm.training.state import TrainState, is_due
 from ldm.training.task import Task
-from ldm.training.record import Tracker
 from ldm.training.world import World
 
 logger = logging.getLogger(__name__)
@@ -128,9 +128,7 @@ def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around
     return state
 
 
-def _do_what_is_due(
-    task: Task[Any], state: TrainState, config: LoopConfig, around: Surroundings
-) -> TrainState:
+def _do_what_is_due(task: Task[Any], state: TrainState, config: LoopConfig, around: Surroundings) -> TrainState:
     num_samples = around.batch_size
     is_last = state.samples_seen >= config.total_samples
     if is_last or is_due(config.validate_every, state.samples_seen, num_samples):

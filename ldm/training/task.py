@@ -19,8 +19,10 @@ BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
 class Task(Protocol[BatchT_contra]):
     """One thing to train."""
 
-    engines: Mapping[str, Engine]
-    """Every network that is trained, by name; checkpoints save and restore each."""
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """Every network that is trained, by name; checkpoints save and restore each."""
+        ...
 
     def step(self, batch: BatchT_contra, samples_seen: int, num_samples: int) -> dict[str, Tensor | float]:
         """Make one update on this process's share of a batch.

@@ -25,6 +25,7 @@ from ldm.training.record import RECORD_FILE, MirrorError, send_pending
 from ldm.training.tracking_config import TrackingConfig
 
 logger = logging.getLogger(__name__)
+RUN_FILE = "run.json"
 MAX_PARAM_CHARS = 6_000
 
 
@@ -77,23 +78,31 @@ def offline_notice(folder: str, uri: str) -> str:
 
 
 def open_run(config: TrackingConfig, folder: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> str:
-    """Return the id of the MLflow run of this folder, made at the first call and found again at later ones.
+    """Return the id of the MLflow run of this record, made at the first call and found again at later ones.
 
-    The id, the parameters and tags are kept in `run.json` so that a record made without a server can be replayed.
-    An empty id means that MLflow could not be reached (or none is configured).
+    What makes the run is kept in `run.json`, so that a record made without a server can be replayed. An empty id means
+    that MLflow can't be reached now.
     """
-    path = storage.join(folder, "run.json")
+    path = storage.join(folder, RUN_FILE)
     known: dict[str, Any] = json.loads(storage.read_text(path)) if storage.exists(path) else {}
-    about = {"name": name, "experiment": config.experiment, "params": dict(params), "tags": dict(tags)}
-    run_id = str(known.get("run_id", "")) if known.get("uri", config.uri) == config.uri else ""
-    if config.uri:
-        try:
-            run_id = _ensure_run(config, run_id, about)
-        except (MlflowException, OSError) as error:
-            logger.warning("MLflow at %s does not answer: %s", config.uri, _first_line(error))
-            run_id = ""
-    storage.write_text(path, json.dumps({"uri": config.uri, "run_id": run_id, **about}, indent=1))
-    return run_id
+    is_same_place = known.get("uri", config.uri) == config.uri
+    about = {
+        "uri": config.uri,
+        "run_id": str(known.get("run_id", "")) if is_same_place else "",
+        "experiment_id": str(known.get("experiment_id", "")) if is_same_place else "",
+        "name": name,
+        "experiment": config.experiment,
+        "params": dict(params),
+        "tags": dict(tags),
+    }
+    is_reached = True
+    try:
+        about["run_id"], about["experiment_id"] = _ensure_run(config, about)
+    except (MlflowException, OSError) as error:
+        is_reached = False
+        logger.warning("MLflow at %s does not answer: %s", config.uri, _first_line(error))
+    storage.write_text(path, json.dumps(about, indent=1))
+    return str(about["run_id"]) if is_reached else ""
 
 
 def log_inputs(uri: str, run_id: str, inputs: list[DataInput]) -> None:
@@ -126,20 +135,24 @@ def log_values(uri: str, run_id: str, metrics: Mapping[str, float]) -> None:
 
 def replay(folder: str, uri: str) -> tuple[str, int]:
     """Bring a record into MLflow and return (run id, number of entries sent); what is there is not sent again."""
-    about = json.loads((Path(folder) / "run.json").read_text())
-    config = TrackingConfig(uri=uri, experiment=about["experiment"])
+    path = storage.join(folder, RUN_FILE)
+    about = json.loads(storage.read_text(path))
     has_run = about["uri"] == uri and bool(about["run_id"])
-    run_id = _ensure_run(config, about["run_id"] if has_run else "", about)
-    storage.write_text(storage.join(folder, "run.json"), json.dumps({**about, "uri": uri, "run_id": run_id}, indent=1))
-    sent = send_pending(Path(folder), MlflowMirror(uri, run_id), start=None if has_run else 0)
-    return run_id, sent
+    about |= {"uri": uri, "run_id": about["run_id"] if has_run else ""}
+    config = TrackingConfig(uri=uri, experiment=about["experiment"])
+    about["run_id"], about["experiment_id"] = _ensure_run(config, about)
+    storage.write_text(path, json.dumps(about, indent=1))
+    sent = send_pending(Path(folder), MlflowMirror(uri, about["run_id"]), start=None if has_run else 0)
+    MlflowClient(uri).set_terminated(about["run_id"])
+    return about["run_id"], sent
 
 
-def _ensure_run(config: TrackingConfig, run_id: str, about: Mapping[str, Any]) -> str:
+def _ensure_run(config: TrackingConfig, about: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (run id, experiment id) of the run that `about` describes, made if it is not there."""
     client = MlflowClient(config.uri)
-    if run_id and _is_known(client, run_id):
-        client.update_run(run_id, status="RUNNING")
-        return run_id
+    if about["run_id"] and _is_known(client, about["run_id"]):
+        client.update_run(about["run_id"], status="RUNNING")
+        return about["run_id"], client.get_run(about["run_id"]).info.experiment_id
     experiment = client.get_experiment_by_name(config.experiment)
     experiment_id = (
         experiment.experiment_id
@@ -150,7 +163,7 @@ def _ensure_run(config: TrackingConfig, run_id: str, about: Mapping[str, Any]) -
     params = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in about["params"].items()]
     for start in range(0, len(params), 100):
         client.log_batch(run.info.run_id, params=params[start : start + 100])
-    return str(run.info.run_id)
+    return run.info.run_id, experiment_id
 
 
 def _is_known(client: MlflowClient, run_id: str) -> bool:
