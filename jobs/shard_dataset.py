@@ -5,11 +5,13 @@ python -m jobs.shard_dataset [RECIPE] [--home DIR] [--dry-run] [--any.field valu
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import SHARD_DATASET
 from jobs.session import prepare, ray_session
 from pipeline.ingest.stage import plan_dataset
-from pipeline.run import describe, run
+from pipeline.run import describe, missing, run
 
 
 @report_errors()
@@ -21,7 +23,7 @@ def main() -> None:
     if asked.dry_run:
         print(describe(plan))
         return
-    with ray_session():
+    with ray_session() if missing(plan) else nullcontext():
         report = run(plan)
     print(
         f"dataset   {report.num_rows:,} rows in {report.num_shards} new shards, "

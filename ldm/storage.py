@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import IO
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 CHUNK_BYTES = 1 << 20
+# s3fs remembers listings, and then neither sees what other processes wrote nor that they replaced a file.
+UNCACHED = {"use_listings_cache": False}
 
 
 def join(root: str, *parts: str) -> str:
@@ -30,13 +33,13 @@ def join(root: str, *parts: str) -> str:
 
 def exists(path: str) -> bool:
     """Say whether a file or folder is there."""
-    system, inner = url_to_fs(path)
+    system, inner = _located(path)
     return bool(system.exists(inner))
 
 
 def is_local(path: str) -> bool:
     """Say whether `path` lies on this machine's own file system."""
-    return isinstance(url_to_fs(path)[0], LocalFileSystem)
+    return isinstance(_located(path)[0], LocalFileSystem)
 
 
 def read_bytes(path: str) -> bytes:
@@ -45,7 +48,7 @@ def read_bytes(path: str) -> bytes:
     Raises:
         FileNotFoundError: if there is none.
     """
-    with fsspec.open(path, "rb") as file:
+    with _opened(path) as file:
         content: bytes = file.read()
     return content
 
@@ -57,10 +60,12 @@ def read_text(path: str) -> str:
 
 def list_names(folder: str) -> list[str]:
     """Return the sorted names inside a folder; an absent folder is empty."""
-    system, inner = url_to_fs(folder)
+    system, inner = _located(folder)
     if not system.exists(inner):
         return []
-    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in system.ls(inner, detail=False))
+    # A store may list the folder's own marker, `folder/`, beside what lies in it.
+    inside = [path.rstrip("/") for path in system.ls(inner, detail=False) if path.rstrip("/") != inner.rstrip("/")]
+    return sorted(path.rsplit("/", 1)[-1] for path in inside)
 
 
 def write_bytes(path: str, content: bytes) -> None:
@@ -77,7 +82,7 @@ def write_text(path: str, content: str) -> None:
 @contextmanager
 def open_atomic(path: str) -> Iterator[IO[bytes]]:
     """Yield a binary file that takes the name `path` only when the block ends without an error."""
-    system, inner = url_to_fs(path)
+    system, inner = _located(path)
     if not isinstance(system, LocalFileSystem):
         # An upload stream that is closed by an error would publish what it had; a whole local file can't.
         with tempfile.NamedTemporaryFile() as spool:
@@ -100,7 +105,7 @@ def open_atomic(path: str) -> Iterator[IO[bytes]]:
 
 def remove_partials(folder: str) -> int:
     """Delete what interrupted writers left in a local folder; return how many files that were."""
-    system, inner = url_to_fs(folder)
+    system, inner = _located(folder)
     if not isinstance(system, LocalFileSystem) or not Path(inner).is_dir():
         return 0
     leftovers = [path for path in Path(inner).rglob(".*.partial") if path.is_file()]
@@ -112,7 +117,7 @@ def remove_partials(folder: str) -> int:
 def sha256_of(path: str) -> str:
     """Return the sha256 of a file's bytes, read in chunks."""
     digest = hashlib.sha256()
-    with fsspec.open(path, "rb") as file:
+    with _opened(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -124,11 +129,11 @@ def check_writable(folder: str, needed_bytes: int = 0) -> None:
     Raises:
         ValueError: if the folder cannot be written, or its disk has less than `needed_bytes` free.
     """
-    system, inner = url_to_fs(folder)
+    system, inner = _located(folder)
     try:
         probe = join(folder, f".probe-{uuid.uuid4().hex[:8]}")
         write_bytes(probe, b"probe")
-        system.rm(url_to_fs(probe)[1])
+        system.rm(_located(probe)[1])
     except OSError as error:
         raise ValueError(f"cannot write into {folder}: {error}") from error
     if isinstance(system, LocalFileSystem):
@@ -139,13 +144,13 @@ def check_writable(folder: str, needed_bytes: int = 0) -> None:
 
 def copy_file(source: str, target: str) -> None:
     """Publish a copy of a file, atomically, streamed in chunks."""
-    with fsspec.open(source, "rb") as reader, open_atomic(target) as writer:
+    with _opened(source) as reader, open_atomic(target) as writer:
         shutil.copyfileobj(reader, writer, CHUNK_BYTES)
 
 
 def list_files(folder: str) -> list[str]:
     """Return the sorted paths of all files below a folder, relative to it."""
-    system, inner = url_to_fs(folder)
+    system, inner = _located(folder)
     if not system.exists(inner):
         return []
     prefix = inner.rstrip("/") + "/"
@@ -160,5 +165,14 @@ def download_folder(source: str, target: str) -> None:
 
 def remove_folder(path: str) -> None:
     """Delete a folder and what lies in it."""
-    system, inner = url_to_fs(path)
+    system, inner = _located(path)
     system.rm(inner, recursive=True)
+
+
+def _located(path: str) -> tuple[AbstractFileSystem, str]:
+    system, inner = url_to_fs(path, **UNCACHED)
+    return system, inner
+
+
+def _opened(path: str) -> fsspec.core.OpenFile:
+    return fsspec.open(path, "rb", **UNCACHED)

@@ -53,7 +53,6 @@ HOMES = {
     "webdataset": {"pipeline/store/shards.py"},
     "fsspec": {"ldm/storage.py"},
     "s3fs": {"ldm/storage.py"},
-    "tyro": {"jobs/command_line.py", "jobs/replay_record.py"},
     "diffusers": set(),
 }
 # What may be imported inside a function, because the rest works without it.

@@ -76,6 +76,31 @@ def test_a_writable_folder_is_accepted_and_left_as_it_was(root: str) -> None:
     assert storage.list_names(root) == []
 
 
+def test_a_folder_is_downloaded_whole_with_every_name_and_byte(root: str, tmp_path: Path) -> None:
+    files = {name: os.urandom(100) for name in ("a", "deep/b", "deep/er/c")}
+    for name, content in files.items():
+        storage.write_bytes(storage.join(root, name), content)
+    target = str(tmp_path / "target")
+    storage.download_folder(root, target)
+    assert storage.list_files(target) == storage.list_files(root) == sorted(files)
+    assert {name: storage.read_bytes(storage.join(target, name)) for name in files} == files
+
+
+def test_a_copy_has_the_digest_of_its_source(root: str) -> None:
+    source, target = storage.join(root, "source"), storage.join(root, "deep", "target")
+    storage.write_bytes(source, os.urandom(2 * storage.CHUNK_BYTES + 1))
+    storage.copy_file(source, target)
+    assert storage.sha256_of(target) == storage.sha256_of(source)
+
+
+def test_a_removed_folder_is_gone_and_its_neighbour_stays(root: str) -> None:
+    for name in ("gone/a", "gone/deep/b", "gone-not/c"):
+        storage.write_bytes(storage.join(root, name), b"1")
+    storage.remove_folder(storage.join(root, "gone"))
+    assert storage.list_files(root) == ["gone-not/c"]
+    assert not storage.exists(storage.join(root, "gone", "a"))
+
+
 def test_files_of_another_writer_are_seen_after_a_listing(s3: S3Server, s3_root: str) -> None:
     storage.write_bytes(storage.join(s3_root, "mine"), b"1")
     assert storage.list_names(s3_root) == ["mine"]

@@ -59,16 +59,16 @@ def train_autoencoder(home: str) -> TrainAutoencoderConfig:
         autoencoder=autoencoders.emoji_f4(),
         loss=ReconstructionConfig(
             perceptual_weight=0.3,
-            perceptual_rows=4,
+            perceptual_rows=8,
             adversarial_weight=0.1,
-            adversarial_start=16_000,
+            adversarial_start=8_000,
             discriminator_channels=24,
             discriminator_layers=2,
         ),
         optim=OptimConfig(lr=1e-3, beta1=0.5, beta2=0.9, weight_decay=0.0, warmup_samples=500, decay=Decay.COSINE),
         ema=EmaConfig(half_life_samples=20_000),
         loop=LoopConfig(
-            total_samples=20_000, log_every=640, validate_every=5_000, picture_every=10_000, checkpoint_every=2_500
+            total_samples=12_000, log_every=640, validate_every=3_000, picture_every=6_000, checkpoint_every=2_000
         ),
         launch=LaunchConfig(num_workers=1, cpus_per_worker=2),
         tracking=_tracking(home),

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from jaxtyping import Float, Float16, Int
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, CLIPTextModel
 from transformers.utils import logging as untyped_logging
 
 from ldm.config import Config
@@ -87,7 +87,7 @@ class TextEncoder:
         """
         folder = encoder_folder(config)
         with _quiet():
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._model = _load_model(config.kind, folder)
         num_positions = int(self._model.config.max_position_embeddings)
         if config.max_tokens > num_positions:
@@ -210,9 +210,9 @@ def _packaged_minilm() -> Path:
 def _load_model(kind: TextEncoderKind, folder: Path) -> Any:
     match kind:
         case TextEncoderKind.CLIP:
-            loader: Any = CLIPTextModel
+            loader: Any = transformers.CLIPTextModel  # attributes of transformers load when they are first read
         case TextEncoderKind.MINILM | TextEncoderKind.BERT:
-            loader = AutoModel
+            loader = transformers.AutoModel
     if not _weight_files(folder):
         raise ValueError(f"{folder} has no weights: expected {SAFETENSORS_PATTERNS[0]} or {PICKLE_PATTERNS[0]}")
     options = {"local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
