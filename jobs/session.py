@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "GIT_PYTHON_REFRESH": "quiet",
     "TOKENIZERS_PARALLELISM": "false",
-    "DS_ACCELERATOR_LOG_LEVEL": "ERROR",
+    
 }
 PROJECT = Path(__file__).resolve().parents[1]
 LINE_EVERY_SECONDS = 15.0
@@ -65,18 +66,33 @@ def ray_session() -> Iterator[None]:
         return
     # A submitted job finds its cluster in RAY_ADDRESS; its workers get the same code by the job's working directory.
     paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS") or "local",
-        include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-        runtime_env={"env_vars": {**_passed_on(), "PYTHONPATH": os.pathsep.join(paths)}},
-    )
+    with _stderr_closed():
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS") or "local",
+            include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            runtime_env={"env_vars": {**_passed_on(), "PYTHONPATH": os.pathsep.join(paths)}},
+        )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """Keep Ray's C++ core from announcing its log level; what goes wrong in the block is raised, not printed."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _passed_on() -> dict[str, str]:

@@ -72,7 +72,7 @@ def test_emoji_captions_are_label_style_and_aliases():
     source = EmojiConfig().build()
     by_name = {(row.attributes["label"], row.attributes["style"]): row for s in Split for row in all_rows(source, s)}
     dolphin = by_name["dolphin", "openmoji"]
-    assert dolphin.captions == ("dolphin", "dolphin, openmoji style", "flipper")
+    assert dolphin.captions == ("dolphin, openmoji style", "dolphin", "flipper")
     assert dolphin.attributes["licence"] == "CC-BY-SA-4.0"
     assert by_name["keycap 1", "twemoji"].attributes["codepoints"] == "0031-20e3"
 

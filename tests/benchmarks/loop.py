@@ -1,0 +1,246 @@
+"""The training loop against a bare forward-backward-step on the same tensors, in turns; images a second and MFU.
+
+python -m tests.benchmarks.loop [--device cuda] [--network sd1] [--quick] [--save]
+
+Both sides train the same network from the same weights with the same optimizer; ours adds the clock, the draws of noise
+and timesteps, the moving average, metrics, and the loop itself. On a GPU: `--device cuda --network sd1` (bf16).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.config import Config
+from ldm.latents import LatentSpace
+from ldm.training.checkpoint import CheckpointStore
+from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig
+from ldm.training.ema import EmaConfig
+from ldm.training.engine import EngineConfig, LocalEngine, Precision
+from ldm.training.loop import LoopConfig, Surroundings, train
+from ldm.training.optim import OptimConfig, build_optimizer
+from ldm.training.record import SilentTracker
+from ldm.training.world import World
+from ldm.types import Condition, LatentBatch
+from ldm.unet import zoo
+from ldm.unet.model import UNet, UNetConfig
+
+RESULTS = Path(__file__).parent / "results"
+GOAL = 0.98
+DENSE_BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""FLOP a second without sparsity, from the makers' data sheets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopBenchmark(Config):
+    """Images a second of the training loop and of a bare step."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to train."""
+    network: Literal["emoji", "sd1"] = "emoji"
+    """Which UNet: the emoji recipe's, or Stable Diffusion 1's."""
+    batch_size: int = 32
+    """Rows of a step."""
+    latent_size: int = 16
+    """Rows and columns of the latents; 32 is 256 px and 64 is 512 px with a factor of 8."""
+    tokens: int = 24
+    """Text tokens a row."""
+    steps: int = 8
+    """Timed steps of one turn."""
+    rounds: int = 5
+    """Turns of each side."""
+    threads: int = 2
+    """CPU threads."""
+    quick: bool = False
+    """Under a minute: two turns of three steps."""
+    save: bool = False
+    """Write the result beside the other results."""
+
+
+class FixedBatches:
+    """Gives the same batch for ever and notes when each was asked for."""
+
+    wait_seconds = 0.0
+
+    def __init__(self, batch: LatentBatch) -> None:
+        self.batch = batch
+        self.times: list[float] = []
+
+    def batches(self, samples_seen: int) -> Iterator[LatentBatch]:
+        """Yield the batch endlessly."""
+        while True:
+            _wait(self.batch.moments.device)
+            self.times.append(time.perf_counter())
+            yield self.batch
+
+
+def main() -> None:
+    """Run both sides in turns and print the table."""
+    settings = tyro.cli(LoopBenchmark, description=__doc__)
+    if settings.quick:
+        settings = replace(settings, steps=3, rounds=2)
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    config = zoo.sd1() if settings.network == "sd1" else zoo.emoji()
+    torch.manual_seed(0)
+    start = UNet(config)
+    batch = _batch(settings, config, device)
+    rates: dict[str, list[float]] = {"loop": [], "bare": []}
+    for _ in range(settings.rounds):
+        rates["loop"].append(_loop_rate(copy.deepcopy(start), batch, settings, device))
+        rates["bare"].append(_bare_rate(copy.deepcopy(start), batch, settings, device))
+    _report(settings, config, batch, rates)
+
+
+def _batch(settings: LoopBenchmark, config: UNetConfig, device: torch.device) -> LatentBatch:
+    rows, side = settings.batch_size, settings.latent_size
+    generator = torch.Generator().manual_seed(1)
+    moments = torch.randn(rows, 2 * config.in_channels, side, side, generator=generator)
+    states = torch.randn(rows, settings.tokens, config.context_width, generator=generator)
+    keys = tuple(f"{row:06d}" for row in range(rows))
+    condition = Condition(states=states.to(device))
+    return LatentBatch(keys=keys, samples=torch.arange(rows), moments=moments.to(device), condition=condition)
+
+
+def _loop_rate(network: UNet, batch: LatentBatch, settings: LoopBenchmark, device: torch.device) -> float:
+    world = World(rank=0, size=1, device=device)
+    precision = Precision.BF16 if device.type == "cuda" else Precision.FP32
+    engine_config = EngineConfig(precision=precision)
+    channels = network.config.in_channels
+    total = settings.batch_size * (settings.steps + 2)
+    task = DiffusionTask(
+        engine=LocalEngine(network, OptimConfig(), EmaConfig(), engine_config, world),
+        objective=ObjectiveConfig(validation_rows=0),
+        optim=OptimConfig(),
+        space=LatentSpace(mean=(0.0,) * channels, std=(1.0,) * channels),
+        held_out=_NoRows(),
+        world=world,
+        micro_batches=engine_config.micro_batches,
+        total_samples=total,
+        seed=0,
+        preview=None,
+    )
+    loader = FixedBatches(batch)
+    with tempfile.TemporaryDirectory() as folder:
+        around = Surroundings(
+            world=world,
+            batch_size=settings.batch_size,
+            checkpoints=_NothingKept(folder, {}, 1, world),
+            tracker=SilentTracker(),
+            report=lambda _: None,
+            should_stop=lambda: False,
+        )
+        config = LoopConfig(total_samples=total, log_every=0, validate_every=0, picture_every=0, checkpoint_every=0)
+        train(_Unmeasured(task), loader, config, around)
+    timed = loader.times[1:]  # the first step allocates
+    return settings.batch_size * (len(timed) - 1) / (timed[-1] - timed[0])
+
+
+def _bare_rate(network: UNet, batch: LatentBatch, settings: LoopBenchmark, device: torch.device) -> float:
+    network.to(device)
+    optimizer = build_optimizer(network.parameters(), OptimConfig())
+    clean = batch.moments[:, : network.config.in_channels]
+    timestep = torch.linspace(0, 999, settings.batch_size, device=device)
+    times: list[float] = []
+    for _ in range(settings.steps + 2):
+        _wait(device)
+        times.append(time.perf_counter())
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext():
+            loss = (network(clean, timestep, batch.condition) - clean).square().mean()
+        torch.autograd.backward(loss)
+        optimizer.step()
+    timed = times[1:]
+    return settings.batch_size * (len(timed) - 1) / (timed[-1] - timed[0])
+
+
+def _report(settings: LoopBenchmark, config: UNetConfig, batch: LatentBatch, rates: dict[str, list[float]]) -> None:
+    flops = 3 * _forward_flops(config, settings)
+    card = torch.cuda.get_device_name() if settings.device == "cuda" else platform.processor() or platform.machine()
+    peak = next((peak for name, peak in DENSE_BF16_PEAK.items() if name in card), 0.0)
+    memory = torch.cuda.max_memory_allocated() / 1e9 if settings.device == "cuda" else 0.0
+    print(f"{settings.network}, batch {settings.batch_size}, latents {settings.latent_size}")
+    print(f"{card}, torch {torch.__version__}")
+    print(f"{'side':6}{'median':>10}{'min':>10}{'max':>10}  images a second   GFLOP/s    MFU")
+    for side, values in rates.items():
+        middle = statistics.median(values)
+        share = f"{middle * flops / peak:7.1%}" if peak else "      -"
+        print(
+            f"{side:6}{middle:10.2f}{min(values):10.2f}{max(values):10.2f}  {'':15}{middle * flops / 1e9:10.1f}{share}"
+        )
+    if memory:
+        print(f"peak memory {memory:.1f} GB")
+    ratio = statistics.median(a / b for a, b in zip(rates["loop"], rates["bare"], strict=True))
+    result = {
+        "settings": settings.to_dict(),
+        "machine": card,
+        "torch": torch.__version__,
+        "images_per_second": rates,
+        "training_gflop_per_image": flops / 1e9,
+        "peak_memory_gb": memory,
+        "ratio": ratio,
+    }
+    if settings.save:
+        path = RESULTS / f"loop-{settings.device}-{settings.network}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"loop ratio {ratio:.3f} goal {GOAL}")
+
+
+def _forward_flops(config: UNetConfig, settings: LoopBenchmark) -> float:
+    """Return the FLOPs of one row's forward pass, counted on the meta device."""
+    side = settings.latent_size
+    with torch.device("meta"):
+        network = UNet(config)
+        states = torch.empty(1, settings.tokens, config.context_width)
+        noisy, timestep = torch.empty(1, config.in_channels, side, side), torch.empty(1)
+    with FlopCounterMode(display=False) as counter:
+        network(noisy, timestep, Condition(states=states))
+    return float(counter.get_total_flops())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class _NoRows:
+    num_rows = 0
+
+    def rows(self, start: int, stop: int) -> LatentBatch:
+        """Give nothing: this benchmark does not validate."""
+        raise ValueError(f"there are no held-out rows [{start}, {stop})")
+
+
+class _Unmeasured(DiffusionTask):
+    """The task without its measurements, which are not part of a step."""
+
+    def __init__(self, task: DiffusionTask) -> None:
+        self.__dict__.update(task.__dict__)
+
+    def validate(self) -> dict[str, float]:
+        """Measure nothing."""
+        return {}
+
+
+class _NothingKept(CheckpointStore):
+    """A store that keeps nothing, so that no checkpoint is timed."""
+
+    def save(self, engines: object, state: object) -> None:
+        """Keep nothing."""
+
+
+if __name__ == "__main__":
+    main()

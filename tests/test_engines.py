@@ -1,0 +1,156 @@
+"""The law of all engines: steps on two real ranks are the steps of one process on the joined batches."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.training.deepspeed_engine import zero_settings
+from ldm.training.ema import EmaConfig
+from ldm.training.engine import Engine, EngineConfig, EngineKind, LocalEngine
+from ldm.training.engines import build_engine
+from ldm.training.optim import Decay, OptimConfig, learning_rate
+from ldm.training.world import World
+from tests.ranks import alone, run_ranks
+
+BATCH, MICRO, STEPS = 8, 2, 6
+OPTIM = OptimConfig(lr=1e-2, clip_grad_norm=0.5)
+EMA = EmaConfig(half_life_samples=64, rampup_share=0.5)
+HOUSE = Path(__file__).parents[1]
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 31), nn.SiLU(), nn.Linear(31, 4))
+
+
+def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 8, generator=generator), torch.randn(BATCH, 4, generator=generator)
+
+
+def train_steps(engine: Engine, world: World, steps: range) -> list[float]:
+    """Train on this rank's rows of each batch and return the gradient norms."""
+    norms = []
+    for step in steps:
+        inputs, targets = (rows[world.rank :: world.size] for rows in rows_of_step(step))
+        losses = [
+            partial(micro_loss, engine, inputs[start : start + MICRO], targets[start : start + MICRO])
+            for start in range(0, len(inputs), MICRO)
+        ]
+        norms.append(float(engine.update(losses, OPTIM.lr, ((step + 1) * BATCH, BATCH))))
+    return norms
+
+
+def micro_loss(engine: Engine, inputs: Tensor, targets: Tensor) -> Tensor:
+    loss: Tensor = (engine.wrapped(inputs) - targets).square().mean()
+    return loss
+
+
+def engine_of(stage: int | None, world: World, folder: Path) -> Engine:
+    """Return a DeepSpeed engine of a ZeRO stage, or the local one for None."""
+    if stage is None:
+        config = EngineConfig(micro_batch_size=MICRO)
+    else:
+        path = folder / f"stage{stage}.json"
+        if world.is_main:
+            own = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+            path.write_text(json.dumps({**own, "zero_optimization": {"stage": stage}}))
+        world.barrier()
+        config = EngineConfig(kind=EngineKind.DEEPSPEED, zero_config=str(path), micro_batch_size=MICRO)
+    return build_engine(small_network(), OPTIM, EMA, config, world, BATCH // world.size)
+
+
+def train_and_save(world: World, stages: list[int | None], folder: Path) -> None:
+    for stage in stages:
+        engine = engine_of(stage, world, folder)
+        norms = train_steps(engine, world, range(STEPS))
+        with engine.averaged():
+            averaged_output = engine.wrapped(rows_of_step(0)[0]).detach()
+        content = {"norms": norms, "ema": engine.weights(), "averaged_output": averaged_output}
+        if world.is_main:
+            torch.save(content, folder / f"{stage}.pt")
+
+
+def test_two_ranks_equal_one_for_every_engine_with_accumulation_clipping_and_ema(tmp_path: Path) -> None:
+    engine = engine_of(None, alone(), tmp_path)
+    norms = train_steps(engine, alone(), range(STEPS))
+    reference = engine.weights()
+    with engine.averaged():
+        averaged_output = engine.wrapped(rows_of_step(0)[0]).detach()
+    stages: list[int | None] = [None, 0, 1, 2, 3]
+    run_ranks(2, train_and_save, stages, tmp_path)
+    for stage in stages:
+        found = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
+        assert found["norms"] == pytest.approx(norms, rel=1e-5), stage
+        torch.testing.assert_close(found["averaged_output"], averaged_output, rtol=1e-5, atol=1e-6)
+        for name, weight in reference.items():
+            torch.testing.assert_close(found["ema"][name], weight, rtol=1e-5, atol=1e-6, msg=f"stage {stage} {name}")
+
+
+def resume_and_save(world: World, stages: list[int | None], folder: Path) -> None:
+    for stage in stages:
+        unbroken = engine_of(stage, world, folder)
+        train_steps(unbroken, world, range(STEPS))
+        broken = engine_of(stage, world, folder)
+        train_steps(broken, world, range(3))
+        broken.save(folder / f"save-{stage}")
+        world.barrier()
+        resumed = engine_of(stage, world, folder)
+        resumed.load(folder / f"save-{stage}")
+        train_steps(resumed, world, range(3, STEPS))
+        left, right = unbroken.weights(), resumed.weights()
+        assert all(torch.equal(left[name], right[name]) for name in left), f"averages differ under {stage}"
+        pairs = zip(unbroken.raw.parameters(), resumed.raw.parameters(), strict=True)
+        for mine, other in pairs:
+            mine, other = (getattr(weight, "ds_tensor", weight) for weight in (mine, other))
+            assert torch.equal(mine, other), f"weights differ under {stage}"
+
+
+def test_a_resumed_engine_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
+    run_ranks(2, resume_and_save, [None, 2, 3], tmp_path)
+
+
+def test_averages_are_swapped_in_only_for_the_block() -> None:
+    engine = LocalEngine(small_network(), OPTIM, EMA, EngineConfig(), alone())
+    train_steps(engine, alone(), range(2))
+    trained = {name: weight.detach().clone() for name, weight in engine.raw.named_parameters()}
+    with engine.averaged():
+        inside = dict(engine.raw.named_parameters())
+        assert all(torch.equal(inside[name], weight) for name, weight in engine.weights().items())
+        assert not torch.equal(inside["0.weight"], trained["0.weight"])
+    assert all(torch.equal(weight, trained[name]) for name, weight in engine.raw.named_parameters())
+
+
+def test_a_deepspeed_file_that_sets_what_is_ours_is_refused_with_both_values(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}}))
+    config = EngineConfig(kind=EngineKind.DEEPSPEED, zero_config=str(path))
+    with pytest.raises(ValueError, match=r"sets 'train_batch_size' to 7, but batch size decides it \(now 16\)"):
+        zero_settings(config, OPTIM, rows=8, world_size=2)
+
+
+def test_shipped_deepspeed_files_leave_batch_rate_and_precision_to_us() -> None:
+    for path in sorted((HOUSE / "infra" / "deepspeed").glob("*.json")):
+        config = EngineConfig(kind=EngineKind.DEEPSPEED, zero_config=str(path), micro_batch_size=2)
+        settings = zero_settings(config, OPTIM, rows=8, world_size=2)
+        assert settings["train_batch_size"] == 16
+        assert settings["gradient_accumulation_steps"] == 4
+
+
+def test_learning_rate_warms_up_and_decays_to_its_share() -> None:
+    config = OptimConfig(lr=1.0, warmup_samples=100, decay=Decay.COSINE, final_lr_share=0.1)
+    assert learning_rate(config, 49, 1000) == pytest.approx(0.5, rel=0.02)
+    rates = [learning_rate(config, seen, 1000) for seen in range(100, 1001, 100)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_micro_batches_that_do_not_divide_the_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="micro_batch_size 3 does not divide the 8 rows"):
+        EngineConfig(micro_batch_size=3).micro_batches(8)

@@ -1,0 +1,251 @@
+"""Every job as a person starts it: real processes, a real local Ray, killed in the middle and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from ldm.interop.weights import load_weights
+
+HOUSE = Path(__file__).parents[1]
+SMALL = {
+    "shard_dataset": "--image-size 32 --source.max-labels 160 --source.rows-per-shard 40",
+    "train_autoencoder": (
+        "--loop.total-samples 256 --loop.checkpoint-every 32 --loop.validate-every 0 --loop.log-every 64 "
+        "--loss.adversarial-start 64 --autoencoder.base-channels 8 --optim.warmup-samples 0 --batch-size 16"
+    ),
+    "precompute_latents": "--image-size 32 --gate-min-psnr 0",
+    "train_ldm": (
+        "--loop.total-samples 256 --loop.checkpoint-every 32 --loop.validate-every 128 --loop.log-every 32 "
+        "--loop.picture-every 0 --unet.base-channels 32 --batch-size 16 --optim.warmup-samples 0"
+    ),
+    "evaluate": "--protocol.num-images 8 --protocol.image-size 32 --protocol.sampler.num-steps 2 --gate.min-psnr-db 0",
+    "sample": "--prompts heart star --guidance 1 3 --sampler.num-steps 4",
+}
+ORDER = tuple(SMALL)
+
+
+def command(job: str, home: Path) -> list[str]:
+    return [sys.executable, "-m", f"jobs.{job}", "emoji", "--home", str(home), *SMALL[job].split()]
+
+
+def start(job: str, home: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(job, home),
+        cwd=HOUSE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(job: str, home: Path) -> str:
+    """Run a job to its end and return what it printed."""
+    process = start(job, home)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(job: str, home: Path, is_time: Callable[[], bool]) -> None:
+    """Start a job and kill it without warning as soon as `is_time` says so."""
+    process = start(job, home)
+    deadline = time.monotonic() + 200
+    while not is_time():
+        assert process.poll() is None, f"{job} ended before it could be killed: {process.communicate()[0]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def stop_when(job: str, home: Path, is_time: Callable[[], bool]) -> tuple[int, str]:
+    """Start a job and press Ctrl-C as soon as `is_time` says so; return its exit code and output."""
+    process = start(job, home)
+    while not is_time():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The bytes of every file below a folder, as digests."""
+    return {
+        path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def has_any(folder: Path, pattern: str) -> Callable[[], bool]:
+    return lambda: any(folder.glob(pattern))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A home in which every job ran once, without a break, and what each printed."""
+    home = tmp_path_factory.mktemp("unbroken")
+    return home, {job: finish(job, home) for job in ORDER}
+
+
+@pytest.fixture(scope="module")
+def broken(unbroken: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which every job was killed once without warning, and started again."""
+    home = tmp_path_factory.mktemp("broken")
+    moments = {
+        "shard_dataset": has_any(home, "dataset/*/*.record.json"),
+        "train_autoencoder": has_any(home, "autoencoder/checkpoints/latest"),
+        "precompute_latents": has_any(home, "latents/*/*.record.json"),
+        "train_ldm": has_any(home, "ldm/checkpoints/latest"),
+    }
+    for job, is_time in moments.items():
+        kill_when(job, home, is_time)
+        output = finish(job, home)
+        assert "resumed at" in output or "already there" in output, output
+    return home
+
+
+def test_data_stages_killed_and_started_again_give_the_same_bytes(unbroken: tuple[Path, object], broken: Path) -> None:
+    home, _ = unbroken
+    assert digests(home / "dataset") == digests(broken / "dataset")
+    assert digests(home / "latents") == digests(broken / "latents")
+
+
+@pytest.mark.parametrize("weights", ["autoencoder/model", "ldm/model/unet"])
+def test_trainings_killed_and_started_again_give_the_same_weights_bit_for_bit(
+    unbroken: tuple[Path, object], broken: Path, weights: str
+) -> None:
+    home, _ = unbroken
+    name = f"{weights}/diffusion_pytorch_model.safetensors"
+    one, other = load_weights(str(home / name)), load_weights(str(broken / name))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(unbroken: tuple[Path, object], tmp_path: Path) -> None:
+    home, _ = unbroken
+    for name in ("dataset", "autoencoder", "latents"):
+        (tmp_path / name).symlink_to(home / name)
+    code, output = stop_when("train_ldm", tmp_path, has_any(tmp_path, "ldm/checkpoints/0*"))
+    assert code == 130, output
+    assert "start the same command again to go on" in output
+    assert "Traceback" not in output
+    finish("train_ldm", tmp_path)
+    name = "ldm/model/unet/diffusion_pytorch_model.safetensors"
+    one, other = load_weights(str(home / name)), load_weights(str(tmp_path / name))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_second_run_of_every_job_does_nothing(unbroken: tuple[Path, object]) -> None:
+    home, _ = unbroken
+    before = digests(home)
+    for job in ORDER:
+        finish(job, home)
+    changed = {path for path, digest in digests(home).items() if before.get(path) != digest}
+    assert {path.split("/")[0] for path in changed} <= {"mlflow.db", "mlflow-artifacts"}, changed
+
+
+def test_what_a_person_sees_names_results_and_verdicts(unbroken: tuple[Path, dict[str, str]]) -> None:
+    home, printed = unbroken
+    assert f"new shards, 0 shards already there: {home}/dataset" in printed["shard_dataset"]
+    assert "img/s, ETA" in printed["train_ldm"]
+    assert 'mlflow.pyfunc.load_model("models:/emoji-text-to-image/1")' in printed["train_ldm"]
+    assert "reconstruction PSNR" in printed["evaluate"]
+    picture = next((home / "samples").glob("grid-*.png"))
+    assert f"picture   {picture}" in printed["sample"]
+    assert not [job for job, output in printed.items() if "Traceback" in output]
+    with Image.open(picture) as image:
+        assert json.loads(image.text["settings"])["request"]["prompts"] == ["heart", "star"]
+
+
+def test_the_run_in_mlflow_holds_configuration_curves_pictures_data_and_a_model(
+    unbroken: tuple[Path, object],
+) -> None:
+    home, _ = unbroken
+    uri = f"sqlite:///{home}/mlflow.db"
+    run_id = json.loads((home / "records" / "ldm" / "run.json").read_text())["run_id"]
+    client = MlflowClient(uri)
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["engine.kind"] == "deepspeed"
+    assert run.data.params["launch.num_workers"] == "2"
+    assert len(client.get_metric_history(run_id, "loss")) == 8
+    assert {"validation_loss", "grad_norm", "system/cpu_utilization_percentage"} <= set(run.data.metrics)
+    assert "evaluation_reconstruction_psnr_db" in run.data.metrics
+    assert run.inputs.dataset_inputs[0].dataset.name == "latents"
+    assert len(client.list_artifacts(run_id, "pictures")) == 2
+    mlflow.set_tracking_uri(uri)
+    images = mlflow.pyfunc.load_model("models:/emoji-text-to-image/1").predict(["a red heart"], params={"num_steps": 2})
+    assert images.shape == (1, 32, 32, 3)
+
+
+def test_a_saved_configuration_repeats_its_run(unbroken: tuple[Path, object], tmp_path: Path) -> None:
+    home, _ = unbroken
+    saved = [sys.executable, "-m", "jobs.train_ldm", "--config", str(home / "ldm" / "run.yaml"), "--dry-run"]
+    done = subprocess.run(
+        [*saved, "--loop.total-samples", "512"], cwd=HOUSE, capture_output=True, text=True, check=True
+    )
+    assert "16 = 2 workers x 1 micro-batches x 8 rows" in done.stdout
+    assert "512 samples = 32 steps" in done.stdout
+
+
+def refused(job: str, home: Path, *flags: str) -> str:
+    """Run a job that must be refused before any work and return its message."""
+    done = subprocess.run([*command(job, home), *flags], cwd=HOUSE, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_folder_that_holds_another_dataset_is_refused(unbroken: tuple[Path, object]) -> None:
+    home, _ = unbroken
+    assert "image_size" in refused("shard_dataset", home, "--image-size", "48")
+
+
+def test_another_configuration_on_the_same_folder_is_refused(unbroken: tuple[Path, object]) -> None:
+    home, _ = unbroken
+    assert "optim.lr: the checkpoint has 0." in refused("train_ldm", home, "--optim.lr", "0.01")
+
+
+def test_an_output_that_cannot_be_written_is_refused(unbroken: tuple[Path, object], tmp_path: Path) -> None:
+    home, _ = unbroken
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    message = refused("train_ldm", home, "--root", f"{blocker}/ldm")
+    assert "cannot write into" in message or "holds" in message
+
+
+def test_more_workers_than_the_cluster_has_are_refused(unbroken: tuple[Path, object], tmp_path: Path) -> None:
+    home, _ = unbroken
+    message = refused("train_ldm", home, "--root", str(tmp_path / "ldm"), "--launch.cpus-per-worker", "1000")
+    assert "2 workers with 1000 CPU each need 2000 CPU" in message
+
+
+def test_training_runs_without_ray_under_torchrun(unbroken: tuple[Path, object], tmp_path: Path) -> None:
+    home, _ = unbroken
+    flags = ["--root", str(tmp_path / "ldm"), "--record", str(tmp_path / "record"), "--launch.where", "here"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    words = [*torchrun, "-m", "jobs.train_ldm", *command("train_ldm", home)[3:], *flags, "--engine.kind", "local"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=HOUSE, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    name = "unet/diffusion_pytorch_model.safetensors"
+    one, other = load_weights(str(home / "ldm/model" / name)), load_weights(str(tmp_path / "ldm/model" / name))
+    for key, weight in one.items():
+        torch.testing.assert_close(other[key], weight, rtol=1e-3, atol=1e-4)
