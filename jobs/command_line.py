@@ -14,10 +14,12 @@ import difflib
 import inspect
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for a submitted job's driver."""
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues)
@@ -103,7 +107,7 @@ def _parse(job: str, recipes: Mapping[str, Callable[[str], ConfigT]], argv: list
     if name not in recipes:
         raise ValueError(_unknown_recipe(job, name, recipes))
     given = _common_options(argv)
-    home = given.home or f"runs/{name}"
+    home = placed(given.home or f"runs/{name}")
     start = recipes[name](home)
     if given.config and given.home:
         raise ValueError("--home is for a recipe; the paths of a saved --config stand in the file: give one of the two")
@@ -115,6 +119,18 @@ def _parse(job: str, recipes: Mapping[str, Callable[[str], ConfigT]], argv: list
     if line.recipe != name:
         raise ValueError(f"the recipe comes first: python -m jobs.{job} {line.recipe} ...")
     return Invocation(config=line.config, recipe=name, dry_run=line.dry_run)
+
+
+def placed(home: str) -> str:
+    """Return a home folder that means the same to every process: URLs as they are, local paths absolute.
+
+    A job that was submitted to a Ray cluster runs in a copy of the code that is thrown away, so a relative path then
+    counts from the user's own folder.
+    """
+    if not storage.is_local(home):
+        return home
+    base = Path.home() if os.environ.get(SUBMITTED_JOB) else Path.cwd()
+    return str(base / Path(home).expanduser())
 
 
 def _common_options(argv: list[str]) -> argparse.Namespace:

@@ -52,7 +52,7 @@ def normal(seed: int, draw: Draw, samples: Iterable[int], shape: tuple[int, ...]
 
 
 def uniform(seed: int, draw: Draw, samples: Iterable[int], sub: int = 0) -> Tensor:
-    """Return draws from [0, 1), shape (number of samples,), float64 on the CPU: what each row's generator gives first."""
+    """Return the first draw from [0, 1) of each row's generator, shape (number of samples,), float64 on the CPU."""
     positions = np.fromiter(samples, np.int64).astype(np.uint64)
     words = _first_words(np.uint64(seed & (2**64 - 1)), np.uint64(int(draw)), np.uint64(sub), positions)
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)

@@ -6,16 +6,17 @@ what it was made of, so that model, latents, dataset, code and evaluation can be
 
 from __future__ import annotations
 
+import io
 import json
-import logging
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import numpy as np
 import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
@@ -70,7 +71,8 @@ class RegisteredTextToImage(PythonModel):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_text_to_image(pointer["uri"], device)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray[Any, Any]:
+    # MLflow reads the annotations of this one as a schema and knows only a few types: the signature says it instead.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Return one image for each prompt.
 
         Args:
@@ -134,8 +136,7 @@ def register(*, uri: str, run_id: str, name: str, folder: str, tags: Mapping[str
 def _register(uri: str, run_id: str, name: str, folder: str, tags: Mapping[str, str]) -> RegisteredModel:
     card = load_card(folder)
     mlflow.set_tracking_uri(uri)
-    logging.getLogger("mlflow").setLevel(logging.ERROR)  # its advice on requirements and signatures is not for users
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _quiet():
         pointer = Path(scratch) / "pointer.json"
         pointer.write_text(json.dumps({"uri": folder, "digest": model_digest(card)}, indent=1))
         with mlflow.start_run(run_id=run_id):
@@ -172,6 +173,14 @@ def record_evaluation(
             client.set_registered_model_alias(model.name, CHAMPION, model.version)
     except MlflowException as error:
         raise RegistryError(str(error).splitlines()[0][:300]) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep MLflow's advice and its "created version" off the terminal; what goes wrong is raised."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _signature(card: ModelCard) -> ModelSignature:

@@ -194,7 +194,7 @@ def _distance(
         made.append(network(drawn.clamp(-1, 1).cpu()))
         bar.add(len(prompts))
     distance = frechet_distance(statistics_of(torch.cat(real)), statistics_of(torch.cat(made)))
-    return {f"fd_{protocol.features.value}": distance, "fd_num_images": float(len(captions))}
+    return {protocol.features.value.lower().replace("-", "_"): distance, "fd_num_images": float(len(captions))}
 
 
 def _batches(images: ImageLoader, num_rows: int) -> Iterator[Image]:

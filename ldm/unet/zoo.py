@@ -20,14 +20,15 @@ def sd1() -> UNetConfig:
 
 
 def emoji() -> UNetConfig:
-    """Return a UNet for 16x16x4 latents and MiniLM tokens that trains on a laptop's CPU: 11,450,500 parameters."""
+    """Return a UNet for 16x16x4 latents and MiniLM tokens that trains on a laptop's CPU: 4,583,396 parameters."""
     return UNetConfig(
         in_channels=4,
         out_channels=4,
-        base_channels=64,
-        channel_mult=(1, 2, 3),
+        base_channels=32,
+        channel_mult=(1, 2, 4),
         num_res_blocks=1,
         attention_factors=(2, 4),
         head_channels=32,
         context_width=384,
+        norm_groups=16,
     )
