@@ -60,17 +60,17 @@ def train_autoencoder(home: str) -> TrainAutoencoderConfig:
         dataset=join(home, "dataset"),
         autoencoder=autoencoders.emoji_f4(),
         loss=ReconstructionConfig(
-            perceptual_weight=0.3,
+            perceptual_weight=0.15,
             perceptual_rows=2,
-            adversarial_weight=0.1,
-            adversarial_start=8_000,
+            adversarial_weight=0.05,
+            adversarial_start=6_400,
             discriminator_channels=24,
             discriminator_layers=2,
         ),
-        optim=OptimConfig(lr=1e-3, beta1=0.5, beta2=0.9, weight_decay=0.0, warmup_samples=500, decay=Decay.COSINE),
+        optim=OptimConfig(lr=2e-3, beta1=0.5, beta2=0.9, weight_decay=0.0, warmup_samples=500, decay=Decay.COSINE),
         ema=EmaConfig(half_life_samples=20_000),
         loop=LoopConfig(
-            total_samples=9_600, log_every=640, validate_every=3_200, picture_every=4_800, checkpoint_every=1_600
+            total_samples=7_200, log_every=320, validate_every=2_400, picture_every=3_600, checkpoint_every=1_200
         ),
         launch=LaunchConfig(num_workers=1, cpus_per_worker=2),
         tracking=_tracking(home),
@@ -103,7 +103,7 @@ def train_ldm(home: str) -> TrainLdmConfig:
         ema=EmaConfig(half_life_samples=20_000),
         engine=EngineConfig(kind=EngineKind.DEEPSPEED),
         loop=LoopConfig(
-            total_samples=25_600, log_every=640, validate_every=5_120, picture_every=12_800, checkpoint_every=2_560
+            total_samples=23_040, log_every=640, validate_every=5_120, picture_every=11_520, checkpoint_every=2_560
         ),
         launch=LaunchConfig(num_workers=2, cpus_per_worker=1),
         preview=PreviewConfig(prompts=PROMPTS, sampler=SAMPLER),
