@@ -32,8 +32,11 @@ SMALL = {
         "--loop.total-samples 256 --loop.checkpoint-every 32 --loop.validate-every 128 --loop.log-every 32 "
         "--loop.picture-every 0 --unet.base-channels 32 --batch-size 16 --optim.warmup-samples 0"
     ),
-    "evaluate": "--protocol.num-images 8 --protocol.image-size 32 --protocol.sampler.num-steps 2 --gate.min-psnr-db 0",
-    "sample": "--prompts heart star --guidance 1 3 --sampler.num-steps 4",
+    "evaluate": (
+        "--protocol.num-images 8 --protocol.image-size 32 --protocol.sampler.num-steps 2 --gate.min-psnr-db 0 "
+        "--launch.where here"
+    ),
+    "sample": "--prompts heart star --guidance 1 3 --sampler.num-steps 4 --launch.where here",
 }
 ORDER = tuple(SMALL)
 

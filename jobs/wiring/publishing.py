@@ -10,6 +10,7 @@ from jobs.wiring.recording import run_of
 from jobs.wiring.registering import registered_model
 from jobs.wiring.sample import SampleConfig
 from ldm import storage
+from ldm.training.record import MirrorError
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +24,12 @@ def publish_evaluation(config: EvaluateConfig, report: dict[str, Any], has_passe
     from ldm.registry import RegisteredModel, RegistryError, record_evaluation
     from ldm.training.tracking import log_file, log_values
 
-    metrics = {f"evaluation_{name}": value for name, value in report["metrics"].items()}
-    log_values(uri, run_id, metrics)
-    log_file(uri, run_id, storage.join(config.root, REPORT_FILE))
+    try:
+        log_values(uri, run_id, {f"evaluation_{name}": value for name, value in report["metrics"].items()})
+        log_file(uri, run_id, storage.join(config.root, REPORT_FILE))
+    except MirrorError as error:
+        logger.warning("the evaluation is in %s only: %s", storage.join(config.root, REPORT_FILE), error)
+        return
     version = registered_model(config.root, report["model"], uri)
     if not version:
         return
@@ -51,4 +55,7 @@ def publish_picture(config: SampleConfig, path: str) -> None:
     if config.tracking.uri and run_id and storage.is_local(path):
         from ldm.training.tracking import log_file
 
-        log_file(config.tracking.uri, run_id, path, "pictures")
+        try:
+            log_file(config.tracking.uri, run_id, path, "pictures")
+        except MirrorError as error:
+            logger.warning("the picture is in %s only: %s", path, error)

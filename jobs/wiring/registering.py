@@ -20,7 +20,10 @@ REGISTERED_FILE = "registered.json"
 def register_model(config: TrainLdmConfig) -> RegisteredModel | None:
     """Register the finished model if it is not; None where no registry is configured or it can't be reached."""
     run_id = run_of(config.record).get("run_id", "")
-    if not (config.tracking.uri and config.tracking.model_name and run_id):
+    if not (config.tracking.uri and config.tracking.model_name):
+        return None
+    if not run_id:
+        print(f"not registered: start the same command again when MLflow at {config.tracking.uri} answers")
         return None
     # Optional: a machine without MLflow trains with --tracking.uri "".
     from ldm.registry import RegisteredModel, RegistryError, register

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jobs.wiring.recording import open_record, save_run_config
+from jobs.wiring.recording import open_record
 from ldm import storage
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.config import Config
@@ -205,7 +205,6 @@ def _publish(
     model = Autoencoder(config.autoencoder)
     model.load_state_dict(weights)
     save_autoencoder(model, config.model_folder)
-    save_run_config(config, config.root)
     report = {
         "digest": weights_digest(model.state_dict(), model.config),
         "dataset": manifest.digest,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from jobs.wiring.recording import open_record, save_run_config
+from jobs.wiring.recording import open_record
 from ldm import storage
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
 from ldm.config import Config
@@ -289,7 +289,6 @@ def _publish(config: TrainLdmConfig, manifest: Manifest, engine: Engine, world: 
         return
     save_unet(config.unet, weights, storage.join(config.model_folder, UNET_FOLDER))
     save_autoencoder(load_autoencoder(config.autoencoder), storage.join(config.model_folder, AUTOENCODER_FOLDER))
-    save_run_config(config, config.root)
     card = _card(config, manifest, weights_digest(weights, config.unet))
     save_card(card, config.model_folder)
     logger.info("model %s in %s", model_digest(card), config.model_folder)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
 from jobs.session import TrainingBar, code_version, is_main_process, ray_session, stop_request
-from jobs.wiring.recording import save_run_config
+from jobs.wiring.recording import CONFIG_FILE, save_run_config
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import TrainLdmConfig
 from ldm import storage
 from ldm.config import Config
 from ldm.training.local_launch import LaunchConfig, Outcome, Where, run_here
+from ldm.training.record import MirrorError
 from pipeline.store.manifest import Manifest
 from pipeline.store.schema import Split
 
+logger = logging.getLogger(__name__)
 TrainingConfig = TrainAutoencoderConfig | TrainLdmConfig
 CHECKPOINT_BYTES = 500_000_000
 """Free disk asked for before a start; the real need grows with the network."""
@@ -35,6 +38,7 @@ def run_training(
         storage.check_writable(config.root, CHECKPOINT_BYTES)
         storage.check_writable(config.record)
         save_run_config(config, config.root)
+        save_run_config(config, config.record)
         run_id = _open_run(config, title, data, data_uri)
     placed = partial(worker, run_id=run_id)
     status = "FAILED"
@@ -75,8 +79,11 @@ def _open_run(config: TrainingConfig, title: str, data: Manifest, data_uri: str)
     if run_id:
         rows = {split.value: data.num_rows(split) for split in Split}
         given = DataInput(name=data.kind, uri=data_uri, digest=data.digest, context="training", profile=rows)
-        log_inputs(config.tracking.uri, run_id, [given])
-        log_file(config.tracking.uri, run_id, storage.join(config.root, "run.yaml"))
+        try:
+            log_inputs(config.tracking.uri, run_id, [given])
+            log_file(config.tracking.uri, run_id, storage.join(config.record, CONFIG_FILE))
+        except MirrorError as error:
+            logger.warning("%s", error)
     return run_id
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,17 @@ def open_run(config: TrackingConfig, folder: str, name: str, params: Mapping[str
 
 
 def log_inputs(uri: str, run_id: str, inputs: list[DataInput]) -> None:
-    """Name the data that a run was fed, with digests, as MLflow dataset inputs."""
+    """Name the data that a run was fed, with digests, as MLflow dataset inputs.
+
+    Raises:
+        MirrorError: if MLflow can't be reached.
+    """
     entities = [
         DatasetInput(_ManifestDataset(data)._to_mlflow_entity(), [InputTag("mlflow.data.context", data.context)])
         for data in inputs
     ]
-    MlflowClient(uri).log_inputs(run_id, datasets=entities)
+    with _reaching(uri):
+        MlflowClient(uri).log_inputs(run_id, datasets=entities)
 
 
 def end_run(uri: str, run_id: str, status: str) -> None:
@@ -123,14 +129,16 @@ def end_run(uri: str, run_id: str, status: str) -> None:
 
 
 def log_file(uri: str, run_id: str, path: str, folder: str = "") -> None:
-    """Copy a local file to a run's artifacts."""
-    MlflowClient(uri).log_artifact(run_id, path, folder or None)
+    """Copy a local file to a run's artifacts; raises MirrorError if MLflow can't be reached."""
+    with _reaching(uri):
+        MlflowClient(uri).log_artifact(run_id, path, folder or None)
 
 
 def log_values(uri: str, run_id: str, metrics: Mapping[str, float]) -> None:
-    """Record final measurements of a run."""
+    """Record final measurements of a run; raises MirrorError if MLflow can't be reached."""
     now = int(time.time() * 1000)
-    MlflowClient(uri).log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
+    with _reaching(uri):
+        MlflowClient(uri).log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
 
 
 def replay(folder: str, uri: str) -> tuple[str, int]:
@@ -182,6 +190,14 @@ def _artifact_home(config: TrackingConfig) -> str | None:
     if config.uri.startswith("sqlite:///"):
         return str(Path(config.uri.removeprefix("sqlite:///")).resolve().parent / "mlflow-artifacts")
     return None
+
+
+@contextmanager
+def _reaching(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise MirrorError(f"MLflow at {uri} does not answer: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
