@@ -21,6 +21,8 @@ from PIL import Image
 from ldm.interop.weights import load_weights
 
 HOUSE = Path(__file__).parents[1]
+# A dozen real jobs stand behind the first test of each fixture.
+pytestmark = pytest.mark.timeout(1800)
 SMALL = {
     "shard_dataset": "--image-size 32 --source.max-labels 160 --source.rows-per-shard 40",
     "train_autoencoder": (

@@ -72,7 +72,7 @@ def train_autoencoder(home: str) -> TrainAutoencoderConfig:
         loop=LoopConfig(
             total_samples=7_200, log_every=320, validate_every=2_400, picture_every=3_600, checkpoint_every=1_200
         ),
-        launch=LaunchConfig(num_workers=1, cpus_per_worker=2),
+        launch=LaunchConfig(num_workers=2, cpus_per_worker=1),
         tracking=_tracking(home),
         batch_size=16,
     )
