@@ -144,7 +144,7 @@ def _common_options(argv: list[str]) -> argparse.Namespace:
 def _load(expected: type[ConfigT], path: str) -> ConfigT:
     try:
         return expected.from_yaml(storage.read_text(path))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise ValueError(f"there is no config file {path}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

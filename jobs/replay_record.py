@@ -12,7 +12,7 @@ import tyro
 
 from jobs.command_line import report_errors
 from jobs.session import prepare
-from ldm.training.record import RECORD_FILE
+from ldm.training.record import RECORD_FILE, MirrorError
 from ldm.training.tracking import replay
 
 
@@ -33,7 +33,10 @@ def _replay(folder: Annotated[str, tyro.conf.Positional], uri: str) -> None:
     for name in (RECORD_FILE, "run.json"):
         if not (Path(folder) / name).is_file():
             raise ValueError(f"{folder} holds no record: it has no {name}")
-    run_id, sent = replay(folder, uri)
+    try:
+        run_id, sent = replay(folder, uri)
+    except MirrorError as error:
+        raise ValueError(f"{error}; what was sent stays sent, start the same command again") from error
     print(f"{sent} entries sent to run {run_id} at {uri}")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import TRAIN_AUTOENCODER
-from jobs.session import prepare
+from jobs.session import is_main_process, prepare
 from jobs.wiring.train_autoencoder import (
     check_inputs,
     checkpoint_store,
@@ -40,7 +40,8 @@ def main() -> None:
     scores = "  ".join(
         f"{name.removeprefix('validation_')} {value:.3f}" for name, value in outcome["last_validation"].items()
     )
-    print(f"autoencoder {outcome['samples_seen']:,} samples, held out: {scores}: {config.model_folder}")
+    if is_main_process():
+        print(f"autoencoder {outcome['samples_seen']:,} samples, held out: {scores}: {config.model_folder}")
 
 
 if __name__ == "__main__":

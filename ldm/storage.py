@@ -163,6 +163,13 @@ def download_folder(source: str, target: str) -> None:
         copy_file(join(source, name), join(target, name))
 
 
+def remove_file(path: str) -> None:
+    """Delete a file if it is there."""
+    system, inner = _located(path)
+    if system.exists(inner):
+        system.rm(inner)
+
+
 def remove_folder(path: str) -> None:
     """Delete a folder and what lies in it."""
     system, inner = _located(path)

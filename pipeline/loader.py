@@ -33,8 +33,6 @@ from pipeline.store.schema import Split
 
 MAX_OPEN_SHARDS = 1024
 WINDOW_ROWS = 256
-"""Rows of one rank gathered together and then cut into batches, so that more rows share the cost of each shard."""
-WINDOW_ROWS = 256
 """Rows of one rank gathered together and then cut into batches: the cost of touching a shard is shared by more rows."""
 
 

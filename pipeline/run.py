@@ -34,6 +34,10 @@ MAX_ERROR_LINES = 3
 logger = logging.getLogger(__name__)
 
 
+GROWING_ACTORS = 8
+"""Workers asked for where the cluster has none yet and grows by what is asked."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardTask:
     """One shard to make.
@@ -288,6 +292,8 @@ def _num_actors(needs: Resources, num_tasks: int) -> int:
     if needs.num_actors is not None:
         return min(needs.num_actors, num_tasks)
     held: dict[str, float] = ray.cluster_resources()
+    if not held.get("CPU"):  # a head that offers nothing: the workers' nodes are yet to be started for us
+        return min(GROWING_ACTORS, num_tasks)
     wanted = {"CPU": needs.num_cpus, "GPU": needs.num_gpus}
     fits = [int(held.get(name, 0) // amount) for name, amount in wanted.items() if amount > 0]
     if not fits or min(fits) < 1:

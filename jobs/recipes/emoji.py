@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jobs.command_line import placed
 from jobs.wiring.evaluate import EvaluateConfig
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
@@ -103,7 +104,7 @@ def train_ldm(home: str) -> TrainLdmConfig:
         ema=EmaConfig(half_life_samples=20_000),
         engine=EngineConfig(kind=EngineKind.DEEPSPEED),
         loop=LoopConfig(
-            total_samples=23_040, log_every=640, validate_every=5_120, picture_every=11_520, checkpoint_every=2_560
+            total_samples=15_360, log_every=640, validate_every=3_840, picture_every=7_680, checkpoint_every=2_560
         ),
         launch=LaunchConfig(num_workers=2, cpus_per_worker=1),
         preview=PreviewConfig(prompts=PROMPTS, sampler=SAMPLER),
@@ -141,9 +142,9 @@ def sample(home: str) -> SampleConfig:
 
 def _record(home: str, name: str) -> str:
     """The record stays on this machine, whatever the home is."""
-    return join(home if storage.is_local(home) else "runs/emoji", "records", name)
+    return join(home if storage.is_local(home) else placed("runs/emoji"), "records", name)
 
 
 def _tracking(home: str) -> TrackingConfig:
-    database = Path(home if storage.is_local(home) else "runs/emoji").resolve() / "mlflow.db"
+    database = Path(home if storage.is_local(home) else placed("runs/emoji")) / "mlflow.db"
     return TrackingConfig(uri=f"sqlite:///{database}", experiment="emoji", model_name="emoji-text-to-image")

@@ -6,6 +6,7 @@ Diffusion 1's, at 256 pixels.
 
 from __future__ import annotations
 
+from jobs.command_line import placed
 from jobs.wiring.evaluate import EvaluateConfig, GateConfig
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
@@ -46,7 +47,7 @@ PROMPTS = (
 TRACKING = TrackingConfig(uri="http://mlflow:5000", experiment="laion", model_name="laion-text-to-image")
 VGG_WEIGHTS = "weights/vgg16-397923af.pth"
 """torchvision's VGG-16, which a person puts under the home folder once."""
-RECORDS = "runs/laion/records"
+RECORDS = placed("runs/laion/records")
 WORKERS = 8
 
 

@@ -82,6 +82,7 @@ def report_there(config: EvaluateConfig) -> dict[str, Any] | None:
         return None
     report: dict[str, Any] = json.loads(storage.read_text(path))
     is_same = report["model"] == model_digest(load_card(config.model_folder))
+    is_same = is_same and report["validation_rows"] == config.validation_rows
     return report if is_same and report["protocol"] == config.protocol.digest() else None
 
 
@@ -94,14 +95,19 @@ def evaluate_worker(
         ValueError: if the model was not made from these latents.
     """
     model = load_text_to_image(config.model_folder, world.device)
-    latents = load_manifest(config.latents)
-    if model.card.lineage["latents_digest"] != latents.digest:
+    latents, dataset = load_manifest(config.latents), load_manifest(config.dataset)
+    for name, uri, found in (("latents", config.latents, latents), ("dataset", config.dataset, dataset)):
+        made_of = model.card.lineage[f"{name}_digest"]
+        if made_of != found.digest:
+            raise ValueError(f"{config.model_folder} was trained on {name} {made_of}, {uri} has {found.digest}")
+    if dataset.identity["image_size"] != config.protocol.image_size:
         raise ValueError(
-            f"{config.model_folder} was trained on latents {model.card.lineage['latents_digest']}, "
-            f"{config.latents} are {latents.digest}"
+            f"the protocol compares images of {config.protocol.image_size} px, {config.dataset} has "
+            f"{dataset.identity['image_size']}"
         )
-    images = ImageLoader(load_manifest(config.dataset), ImageLoaderConfig(root=config.dataset, split=Split.VALIDATION))
-    held_out = LatentLoader(latents, LoaderConfig(root=config.latents, split=Split.VALIDATION, caption_dropout=0.0))
+    split = Split(config.protocol.split)
+    images = ImageLoader(dataset, ImageLoaderConfig(root=config.dataset, split=split))
+    held_out = LatentLoader(latents, LoaderConfig(root=config.latents, split=split, caption_dropout=0.0))
     num_images = min(config.protocol.num_images, images.num_rows)
     total = images.num_rows + 2 * config.validation_rows + num_images
     bar = _Bar(report, total)
@@ -110,7 +116,12 @@ def evaluate_worker(
         **_denoising(config, held_out, world, bar),
         **_distance(config, model, images, held_out.captions(0, num_images), bar),
     }
-    content = {"model": model_digest(model.card), "protocol": config.protocol.digest(), "metrics": metrics}
+    content = {
+        "model": model_digest(model.card),
+        "protocol": config.protocol.digest(),
+        "validation_rows": config.validation_rows,
+        "metrics": metrics,
+    }
     storage.write_text(storage.join(config.root, REPORT_FILE), json.dumps(content, indent=1))
     return {"is_finished": True, **content}
 

@@ -27,6 +27,7 @@ from ldm.training.state import TrainState
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
 from pipeline.images import ImageLoader, ImageLoaderConfig
+from pipeline.order import check_world
 from pipeline.store.manifest import Manifest, load_manifest
 from pipeline.store.schema import Split
 
@@ -111,6 +112,7 @@ def check_inputs(config: TrainAutoencoderConfig) -> Manifest:
     size = int(manifest.identity.get("image_size", 0))
     if size % config.autoencoder.factor:
         raise ValueError(f"images of {size} px are no multiple of the autoencoder's factor {config.autoencoder.factor}")
+    check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
     if manifest.num_rows(Split.VALIDATION) == 0:
         raise ValueError(f"{config.dataset} holds no validation rows; hold some out when the dataset is made")
     return manifest

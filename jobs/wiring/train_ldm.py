@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -26,9 +27,9 @@ from ldm.text_to_image import (
     save_card,
 )
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig
+from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig, call_in_own_dtype
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import Engine, EngineConfig
+from ldm.training.engine import Engine, EngineConfig, EngineKind
 from ldm.training.engines import build_engine
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import LoopConfig, Progress, Surroundings, train
@@ -39,6 +40,7 @@ from ldm.types import Image
 from ldm.unet.model import UNet, UNetConfig
 from pipeline.encode import check_latents
 from pipeline.loader import LatentLoader, LoaderConfig
+from pipeline.order import check_world
 from pipeline.store.manifest import Manifest, load_manifest
 from pipeline.store.schema import Split
 
@@ -113,7 +115,9 @@ class TrainLdmConfig(Config):
         """Return what a checkpoint must have been made with to be resumed; lengths and intervals may change."""
         parts = {"unet": self.unet, "objective": self.objective, "optim": self.optim, "ema": self.ema}
         own = {name: part.to_dict() for name, part in parts.items()}
-        engine = {"kind": self.engine.kind.value, "precision": self.engine.precision.value}
+        engine: dict[str, object] = {"kind": self.engine.kind.value, "precision": self.engine.precision.value}
+        if self.engine.kind is EngineKind.DEEPSPEED:  # its shards are loaded on as many workers, under the same stage
+            engine |= {"zero_config": self.engine.zero_config, "num_workers": self.launch.num_workers}
         order = {"batch_size": self.batch_size, "num_streams": self.num_streams, "seed": self.seed}
         return {**own, "engine": engine, **order, "caption_dropout": self.caption_dropout, "latents": manifest.digest}
 
@@ -146,6 +150,8 @@ def check_inputs(config: TrainLdmConfig) -> Manifest:
             f"the latents have {channels} channels and text of width {width}, "
             f"the unet takes {config.unet.in_channels} and {config.unet.context_width}"
         )
+    check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
+    config.engine.micro_batches(config.batch_size // config.launch.num_workers)
     if manifest.num_rows(Split.VALIDATION) == 0:
         raise ValueError(f"{config.latents} holds no validation rows; hold some out when the dataset is made")
     return manifest
@@ -189,7 +195,7 @@ def train_ldm_worker(
     state = train(task, loader, config.loop, around)
     is_finished = state.samples_seen >= config.loop.total_samples
     if is_finished:
-        _publish(config, manifest, engine, world)
+        _publish(config, manifest, engine, state.samples_seen, world)
     world.barrier()
     return {"is_finished": is_finished, **state.to_dict()}
 
@@ -204,10 +210,9 @@ def is_done(config: TrainLdmConfig, manifest: Manifest) -> bool:
     """Say whether the finished model is there, made of these latents by this configuration."""
     if not storage.exists(storage.join(config.model_folder, MODEL_FILE)):
         return False
-    state = checkpoint_store(config, manifest, World(rank=0, size=1, device=torch.device("cpu"))).latest_state()
     lineage = load_card(config.model_folder).lineage
     is_same = lineage.get("latents_digest") == manifest.digest
-    return is_same and state is not None and state.samples_seen >= config.loop.total_samples
+    return is_same and int(lineage.get("samples_seen", 0)) >= config.loop.total_samples
 
 
 def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
@@ -238,7 +243,7 @@ def _space(manifest: Manifest) -> LatentSpace:
     return LatentSpace(mean=tuple(manifest.summary["mean"]), std=tuple(manifest.summary["std"]))
 
 
-def _card(config: TrainLdmConfig, manifest: Manifest, unet_digest: str) -> ModelCard:
+def _card(config: TrainLdmConfig, manifest: Manifest, unet_digest: str = "", samples_seen: int = 0) -> ModelCard:
     space = _space(manifest)
     _, height, width = manifest.summary["moment_shape"]
     return ModelCard(
@@ -260,6 +265,7 @@ def _card(config: TrainLdmConfig, manifest: Manifest, unet_digest: str) -> Model
             "autoencoder_uri": config.autoencoder,
             "autoencoder_digest": str(manifest.identity["autoencoder"]),
             "config_digest": config.digest(),
+            "samples_seen": str(samples_seen),
         },
     )
 
@@ -271,10 +277,10 @@ def _preview(
     if not prompts:
         return None
     model = TextToImage(
-        unet=engine.wrapped,
+        unet=partial(call_in_own_dtype, engine),
         autoencoder=load_autoencoder(config.autoencoder).to(world.device).eval(),
         text_encoder=TextEncoder(config.text, world.device),
-        card=_card(config, manifest, unet_digest=""),
+        card=_card(config, manifest),
         device=world.device,
     )
     condition = model.condition(prompts)
@@ -282,13 +288,14 @@ def _preview(
     return lambda: {"samples": model.images(condition, seeds, scales, config.preview.sampler)}
 
 
-def _publish(config: TrainLdmConfig, manifest: Manifest, engine: Engine, world: World) -> None:
-    """Write the model folder; the description comes last and makes it whole."""
+def _publish(config: TrainLdmConfig, manifest: Manifest, engine: Engine, samples_seen: int, world: World) -> None:
+    """Write the model folder; the description goes first, comes back last, and makes it whole."""
     weights = engine.weights()
     if not world.is_main:
         return
+    storage.remove_file(storage.join(config.model_folder, MODEL_FILE))
     save_unet(config.unet, weights, storage.join(config.model_folder, UNET_FOLDER))
     save_autoencoder(load_autoencoder(config.autoencoder), storage.join(config.model_folder, AUTOENCODER_FOLDER))
-    card = _card(config, manifest, weights_digest(weights, config.unet))
+    card = _card(config, manifest, weights_digest(weights, config.unet), samples_seen)
     save_card(card, config.model_folder)
     logger.info("model %s in %s", model_digest(card), config.model_folder)

@@ -41,7 +41,7 @@ class ReconstructionConfig(Config):
     perceptual_weight: float = 1.0
     """Weight of the perceptual distance beside the mean absolute pixel error."""
     perceptual_rows: int = 0
-    """Rows of each batch that the perceptual distance looks at (it is slow on a CPU); 0 for all."""
+    """Rows of each worker's share of a batch that the perceptual distance looks at (it is slow on a CPU); 0 for all."""
     kl_weight: float = 1e-6
     """Weight of the KL divergence, in the paper's units (sums over elements)."""
     adversarial_weight: float = 0.5

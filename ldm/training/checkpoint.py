@@ -39,11 +39,15 @@ class CheckpointStore:
         self.root = root
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._keep = keep
+        self._latest_saved = ""
+        self.damaged: list[str] = []
         self._world = world
 
     def save(self, engines: Mapping[str, Engine], state: TrainState) -> None:
         """Publish the state; all processes call it together."""
         name = f"{state.samples_seen:012d}"
+        if self._world.any(name == self._latest_saved):
+            return  # a stop that falls on a checkpoint: the same state is there
         with self._writing(name) as folder:
             for part, engine in engines.items():
                 engine.save(folder / part)
@@ -57,6 +61,7 @@ class CheckpointStore:
         if self._world.is_main:
             storage.write_text(storage.join(self.root, LATEST_FILE), name)
             self._forget_old()
+        self._latest_saved = name
         self._world.barrier()
 
     def restore(self, engines: Mapping[str, Engine]) -> TrainState | None:
@@ -70,13 +75,25 @@ class CheckpointStore:
                 problem = self._problem_of(folder)
                 if problem:
                     logger.warning("checkpoint %s is not used: %s", storage.join(self.root, name), problem)
+                    self.damaged.append(name)
                     continue
                 content = json.loads((folder / STATE_FILE).read_text())
                 self._refuse_another_run(content["identity"], name)
                 for part, engine in engines.items():
                     engine.load(folder / part)
+            self._remove_damaged()
+            self._latest_saved = name
             return TrainState(**content["state"])
+        self._remove_damaged()
         return None
+
+    def _remove_damaged(self) -> None:
+        """Take away what can't be used, or it would count among the latest."""
+        self._world.barrier()
+        if self._world.is_main:
+            for name in self.damaged:
+                storage.remove_folder(storage.join(self.root, name))
+        self._world.barrier()
 
     def names(self) -> list[str]:
         """Return the names of the published checkpoints, oldest first."""

@@ -141,10 +141,7 @@ class DiffusionTask:
         return loss
 
     def _network(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Call the wrapped network in the dtype of its weights."""
-        dtype = next(self.engine.raw.parameters()).dtype
-        output: Tensor = self.engine.wrapped(noisy.to(dtype), timestep, condition.to(noisy.device, dtype))
-        return output
+        return call_in_own_dtype(self.engine, noisy, timestep, condition)
 
     def _on_device(self, batch: LatentBatch) -> LatentBatch:
         device = self.world.device
@@ -154,6 +151,13 @@ class DiffusionTask:
             moments=batch.moments.to(device, torch.float32, non_blocking=True),
             condition=batch.condition.to(device, torch.float32),
         )
+
+
+def call_in_own_dtype(engine: Engine, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    """Call an engine's wrapped network in the dtype of its weights and return its output in the caller's."""
+    dtype = next(engine.raw.parameters()).dtype
+    output: Tensor = engine.wrapped(noisy.to(dtype), timestep, condition.to(noisy.device, dtype))
+    return output.to(noisy.dtype)
 
 
 def usable_rows(num_rows: int) -> int:

@@ -148,6 +148,8 @@ def _watch_until_done(fitting: threading.Thread, board: Any, watch: Callable[[Pr
 
 def _check_resources(launch: LaunchConfig) -> None:
     there: dict[str, float] = ray.cluster_resources()
+    if not there.get("CPU"):  # a head that offers nothing: the workers' nodes are yet to be started for us
+        return
     for name, wanted in (("CPU", launch.cpus_per_worker), ("GPU", launch.gpus_per_worker)):
         needed = wanted * launch.num_workers
         if needed > there.get(name, 0):

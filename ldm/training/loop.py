@@ -6,8 +6,9 @@ Everything that happens is a function of samples seen, so a resumed run does wha
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -106,6 +107,8 @@ def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around
     Starts from the latest whole checkpoint if there is one.
     """
     state = around.checkpoints.restore(task.engines) or TrainState()
+    for name in around.checkpoints.damaged:
+        around.report(_progress(config, state, notice=f"checkpoint {name} was damaged and is not used"))
     if state.samples_seen:
         around.report(_progress(config, state, notice=f"resumed at {state.samples_seen:,} samples"))
     else:
@@ -119,6 +122,8 @@ def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around
         window.add(metrics)
         if is_due(config.log_every, state.samples_seen, around.batch_size):
             _log(window, loader, state, config, around)
+        if _is_measured(config, state, around.batch_size):
+            _refuse_nonfinite(metrics, state, around.world)
         state = _do_what_is_due(task, state, config, around)
         window.restart()
         if around.world.any(around.should_stop()):
@@ -141,6 +146,23 @@ def _do_what_is_due(task: Task[Any], state: TrainState, config: LoopConfig, arou
         around.checkpoints.save(task.engines, state)
         around.tracker.log_metrics({"checkpoint_seconds": time.monotonic() - started}, state.samples_seen)
     return state
+
+
+def _is_measured(config: LoopConfig, state: TrainState, num_samples: int) -> bool:
+    """Say whether numbers are read back from the device now anyway: before a record or a checkpoint."""
+    intervals = (config.log_every, config.checkpoint_every)
+    is_last = state.samples_seen >= config.total_samples
+    return is_last or any(is_due(every, state.samples_seen, num_samples) for every in intervals)
+
+
+def _refuse_nonfinite(metrics: Mapping[str, Tensor | float], state: TrainState, world: World) -> None:
+    """Stop before a checkpoint keeps a network that is lost; the one before is whole."""
+    lost = [name for name, value in metrics.items() if not math.isfinite(float(value))]
+    if world.any(bool(lost)):
+        raise FloatingPointError(
+            f"{', '.join(lost) or 'a metric of another process'} is not finite at {state.samples_seen:,} samples: "
+            "the last checkpoint is from before; lower optim.lr or look at the data, then start again"
+        )
 
 
 def _validate(task: Task[Any], state: TrainState, config: LoopConfig, around: Surroundings) -> TrainState:

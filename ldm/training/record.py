@@ -17,6 +17,7 @@ import psutil
 import torch
 from PIL import Image as PILImage
 
+from ldm import storage
 from ldm.types import Image
 
 RECORD_FILE = "record.jsonl"
@@ -76,6 +77,9 @@ class Record:
         self._file = self._folder / RECORD_FILE
         self._mirror = mirror
         self._notify = notify
+        if self._file.is_file() and not self._file.read_bytes().endswith(b"\n"):
+            with self._file.open("a") as file:  # what a killed writer left of its last line ends here
+                file.write("\n")
         psutil.cpu_percent()  # The first call measures nothing; later ones measure since the one before.
 
     def log_metrics(self, metrics: Mapping[str, float], samples_seen: int) -> None:
@@ -102,22 +106,22 @@ class Record:
             self._notify(str(error))
 
 
-def send_pending(folder: Path, mirror: Mirror, start: int | None = None) -> int:
-    """Send the entries that have not arrived yet and return how many those were.
-
-    Args:
-        folder: the record's folder.
-        mirror: where to.
-        start: number of the first entry to send; None goes on after those that arrived.
-    """
+def send_pending(folder: Path, mirror: Mirror) -> int:
+    """Send the entries that have not arrived yet and return how many those were."""
     mark = folder / SENT_FILE
-    first = start if start is not None else int(mark.read_text()) if mark.is_file() else 0
+    first = int(mark.read_text()) if mark.is_file() else 0
     sent = 0
-    for entry in _entries(folder / RECORD_FILE, first):
-        mirror.send(folder, entry)
-        sent += 1
-        mark.write_text(str(first + sent))
+    for number, entry in _entries(folder / RECORD_FILE, first):
+        if entry is not None:
+            mirror.send(folder, entry)
+            sent += 1
+        storage.write_text(str(mark), str(number + 1))
     return sent
+
+
+def forget_sent(folder: str) -> None:
+    """Let the next sending begin anew: the record goes to another run."""
+    (Path(folder) / SENT_FILE).unlink(missing_ok=True)
 
 
 def system_metrics() -> dict[str, float]:
@@ -151,8 +155,12 @@ def grid_of(images: Image, columns: int = 0, gap: int = 2) -> np.ndarray[Any, np
     return canvas
 
 
-def _entries(record: Path, start: int) -> Iterator[dict[str, Any]]:
+def _entries(record: Path, start: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yield (line number, entry) from a line on; None stands for a line that a killed writer left torn."""
     with record.open() as file:
         for number, line in enumerate(file):
             if number >= start and line.endswith("\n"):
-                yield json.loads(line)
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError:
+                    yield number, None

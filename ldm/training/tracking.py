@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from ldm import storage
-from ldm.training.record import RECORD_FILE, MirrorError, send_pending
+from ldm.training.record import RECORD_FILE, MirrorError, forget_sent, send_pending
 from ldm.training.tracking_config import TrackingConfig
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ def open_run(config: TrackingConfig, folder: str, name: str, params: Mapping[str
     except (MlflowException, OSError) as error:
         is_reached = False
         logger.warning("MLflow at %s does not answer: %s", config.uri, _first_line(error))
+    if known and about["run_id"] != known.get("run_id"):
+        forget_sent(folder)
     storage.write_text(path, json.dumps(about, indent=1))
     return str(about["run_id"]) if is_reached else ""
 
@@ -129,8 +132,12 @@ def end_run(uri: str, run_id: str, status: str) -> None:
 
 
 def log_file(uri: str, run_id: str, path: str, folder: str = "") -> None:
-    """Copy a local file to a run's artifacts; raises MirrorError if MLflow can't be reached."""
-    with _reaching(uri):
+    """Copy a file to a run's artifacts; raises MirrorError if MLflow can't be reached."""
+    with _reaching(uri), tempfile.TemporaryDirectory() as scratch:
+        if not storage.is_local(path):
+            local = storage.join(scratch, path.rsplit("/", 1)[-1])
+            storage.copy_file(path, local)
+            path = local
         MlflowClient(uri).log_artifact(run_id, path, folder or None)
 
 
@@ -142,16 +149,24 @@ def log_values(uri: str, run_id: str, metrics: Mapping[str, float]) -> None:
 
 
 def replay(folder: str, uri: str) -> tuple[str, int]:
-    """Bring a record into MLflow and return (run id, number of entries sent); what is there is not sent again."""
+    """Bring a record into MLflow and return (run id, number of entries sent); what is there is not sent again.
+
+    Raises:
+        MirrorError: if MLflow can't be reached.
+    """
     path = storage.join(folder, RUN_FILE)
     about = json.loads(storage.read_text(path))
-    has_run = about["uri"] == uri and bool(about["run_id"])
-    about |= {"uri": uri, "run_id": about["run_id"] if has_run else ""}
-    config = TrackingConfig(uri=uri, experiment=about["experiment"])
-    about["run_id"], about["experiment_id"] = _ensure_run(config, about)
-    storage.write_text(path, json.dumps(about, indent=1))
-    sent = send_pending(Path(folder), MlflowMirror(uri, about["run_id"]), start=None if has_run else 0)
-    MlflowClient(uri).set_terminated(about["run_id"])
+    known = about["run_id"] if about["uri"] == uri else ""
+    about |= {"uri": uri, "run_id": known}
+    with _reaching(uri):
+        about["run_id"], about["experiment_id"] = _ensure_run(
+            TrackingConfig(uri=uri, experiment=about["experiment"]), about
+        )
+        if about["run_id"] != known:
+            forget_sent(folder)
+        storage.write_text(path, json.dumps(about, indent=1))
+        sent = send_pending(Path(folder), MlflowMirror(uri, about["run_id"]))
+        MlflowClient(uri).set_terminated(about["run_id"])
     return about["run_id"], sent
 
 
