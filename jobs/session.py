@@ -55,7 +55,14 @@ def prepare() -> None:
     for name in ("ray", "ray.train", "ray.data", "mlflow", "alembic", "deepspeed", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*type hints to the `predict` method.*")
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep what a library advises its own developers off the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def is_main_process() -> bool:

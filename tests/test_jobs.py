@@ -245,7 +245,7 @@ def test_more_workers_than_the_cluster_has_are_refused(unbroken: tuple[Path, obj
 def test_training_runs_without_ray_under_torchrun(unbroken: tuple[Path, object], tmp_path: Path) -> None:
     home, _ = unbroken
     flags = ["--root", str(tmp_path / "ldm"), "--record", str(tmp_path / "record"), "--launch.where", "here"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [*torchrun, "-m", "jobs.train_ldm", *command("train_ldm", home)[3:], *flags, "--engine.kind", "local"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=HOUSE, capture_output=True, text=True, timeout=300, env=environment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from jobs.session import without_warnings
 from jobs.wiring.evaluate import REPORT_FILE, EvaluateConfig
 from jobs.wiring.recording import run_of
 from jobs.wiring.registering import registered_model
@@ -21,7 +22,8 @@ def publish_evaluation(config: EvaluateConfig, report: dict[str, Any], has_passe
     if not (uri and run_id):
         return
     # Optional: a machine without MLflow evaluates with --tracking.uri "".
-    from ldm.registry import RegisteredModel, RegistryError, record_evaluation
+    with without_warnings():  # MLflow's advice on annotations
+        from ldm.registry import RegisteredModel, RegistryError, record_evaluation
     from ldm.training.tracking import log_file, log_values
 
     try:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from jobs.session import code_version
+from jobs.session import code_version, without_warnings
 from jobs.wiring.recording import run_of
 from jobs.wiring.train_ldm import TrainLdmConfig
 from ldm import storage
 from ldm.text_to_image import load_card, model_digest
 
 if TYPE_CHECKING:
-    from ldm.registry import RegisteredModel
+    with without_warnings():  # MLflow's advice on annotations
+        from ldm.registry import RegisteredModel
 
 REGISTERED_FILE = "registered.json"
 

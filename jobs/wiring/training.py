@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 from jobs.session import TrainingBar, code_version, is_main_process, ray_session, stop_request
@@ -12,7 +13,7 @@ from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import TrainLdmConfig
 from ldm import storage
 from ldm.config import Config
-from ldm.training.local_launch import LaunchConfig, Outcome, Where, run_here
+from ldm.training.local_launch import LaunchConfig, Outcome, Where, ignore, run_here
 from ldm.training.record import MirrorError
 from pipeline.store.manifest import Manifest
 from pipeline.store.schema import Split
@@ -58,7 +59,7 @@ def run_training(
 
 def launch(worker: Callable[..., Outcome], config: Config, where: LaunchConfig, title: str) -> Outcome:
     """Run a worker where its configuration says, with a progress bar, and return its outcome."""
-    with TrainingBar(title) as bar:
+    with TrainingBar(title) if is_main_process() else nullcontext(ignore) as bar:
         if where.where is Where.HERE:
             with stop_request() as should_stop:
                 return run_here(worker, config, bar, should_stop)
