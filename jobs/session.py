@@ -5,6 +5,7 @@ This is the one place that touches the process's environment.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from rich.console import Console
@@ -60,7 +61,7 @@ def prepare() -> None:
 @contextmanager
 def without_warnings() -> Iterator[None]:
     """Keep what a library advises its own developers off the terminal."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # some reset the filters while they are imported
         warnings.simplefilter("ignore")
         yield
 
