@@ -148,6 +148,13 @@ def stop_request() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+class _Images(ProgressColumn):
+    """Images done of all, once the workers have said how many there are."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:,.0f}/{task.total:,.0f} images" if task.total else "")
+
+
 class _Rate(ProgressColumn):
     """Images a second since the bar appeared."""
 
@@ -161,8 +168,10 @@ class _Remaining(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         rate, total = task.fields.get("rate") or 0.0, task.total or 0.0
-        left = (total - task.completed) / rate if rate else 0.0
-        return Text(f"ETA {int(left) // 60}:{int(left) % 60:02d}" if rate else "ETA -:--")
+        if not rate:
+            return Text("")
+        left = (total - task.completed) / rate
+        return Text(f"ETA {int(left) // 60}:{int(left) % 60:02d}")
 
 
 class TrainingBar:
@@ -177,7 +186,7 @@ class TrainingBar:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
+            _Images(),
             _Rate(),
             _Remaining(),
             TimeElapsedColumn(),
@@ -185,7 +194,7 @@ class TrainingBar:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(title, total=1, values="starting workers", rate=0.0)
+        self._task = self._bar.add_task(title, total=None, values="starting workers", rate=0.0)
 
     def _own_rate(self, done: int) -> float:
         """Images a second since the first report, for work that does not measure its own."""

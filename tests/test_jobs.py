@@ -78,6 +78,20 @@ def kill_when(job: str, home: Path, is_time: Callable[[], bool]) -> None:
     process.communicate()
 
 
+def kill_after_line(job: str, home: Path, begins: str) -> None:
+    """Start a job and kill it without warning as soon as it prints a line that begins so."""
+    process = start(job, home)
+    assert process.stdout is not None
+    printed: list[str] = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith(begins):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return
+    raise AssertionError(f"{job} never printed {begins!r}: {printed}")
+
+
 def stop_when(job: str, home: Path, is_time: Callable[[], bool]) -> tuple[int, str]:
     """Start a job and press Ctrl-C as soon as `is_time` says so; return its exit code and output."""
     process = start(job, home)
@@ -123,6 +137,9 @@ def broken(unbroken: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempP
         kill_when(job, home, is_time)
         output = finish(job, home)
         assert "resumed at" in output or "already there" in output, output
+    for job in ("evaluate", "sample"):
+        kill_after_line(job, home, f"{job}: starting")
+        finish(job, home)
     return home
 
 
@@ -141,6 +158,19 @@ def test_trainings_killed_and_started_again_give_the_same_weights_bit_for_bit(
     one, other = load_weights(str(home / name)), load_weights(str(broken / name))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_evaluation_and_sampling_killed_and_started_again_give_the_same_figures_and_pixels(
+    unbroken: tuple[Path, object], broken: Path
+) -> None:
+    home, _ = unbroken
+    reports = [json.loads((folder / "ldm" / "evaluation.json").read_text()) for folder in (home, broken)]
+    assert reports[0] == reports[1]
+    pictures = [Image.open(next((folder / "samples").glob("grid-*.png"))) for folder in (home, broken)]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    assert sorted(path.name for path in (broken / "samples").iterdir()) == sorted(
+        path.name for path in (home / "samples").iterdir()
+    )
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(unbroken: tuple[Path, object], tmp_path: Path) -> None:
