@@ -11,7 +11,8 @@ from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import PRECOMPUTE_LATENTS
 from jobs.session import prepare, ray_session
 from pipeline.encode import plan_latents
-from pipeline.run import describe, missing, run
+from pipeline.plan import describe, missing
+from pipeline.run import run
 
 
 @report_errors()

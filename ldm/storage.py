@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -24,6 +24,9 @@ from fsspec.implementations.local import LocalFileSystem
 CHUNK_BYTES = 1 << 20
 # s3fs remembers listings, and then neither sees what other processes wrote nor that they replaced a file.
 UNCACHED = {"use_listings_cache": False}
+# A store under load answers 503 and drops connections: botocore then waits a little longer each time, at random.
+PATIENT = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 10}}}
+OBJECT_STORES = ("s3://", "s3a://")
 
 
 def join(root: str, *parts: str) -> str:
@@ -177,9 +180,13 @@ def remove_folder(path: str) -> None:
 
 
 def _located(path: str) -> tuple[AbstractFileSystem, str]:
-    system, inner = url_to_fs(path, **UNCACHED)
+    system, inner = url_to_fs(path, **_options(path))
     return system, inner
 
 
 def _opened(path: str) -> fsspec.core.OpenFile:
-    return fsspec.open(path, "rb", **UNCACHED)
+    return fsspec.open(path, "rb", **_options(path))
+
+
+def _options(path: str) -> dict[str, Any]:
+    return UNCACHED | PATIENT if path.startswith(OBJECT_STORES) else UNCACHED

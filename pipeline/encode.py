@@ -34,8 +34,8 @@ from ldm.types import Image, Moments
 from pipeline.images import Pixels, decode_pixels, image_of_pixels, image_suffix
 from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS, npy_bytes
 from pipeline.moment_statistics import MomentStatistics, merged, statistics_of
+from pipeline.plan import Plan, Resources, ShardTask
 from pipeline.prefetch import prefetched
-from pipeline.run import Plan, Resources, ShardTask
 from pipeline.store.manifest import FileRecord, Manifest, ShardRecord, load_manifest, shard_path
 from pipeline.store.schema import JSON, SCHEMA_VERSION, Row, Split
 from pipeline.store.shards import read_rows, write_shard
@@ -271,7 +271,7 @@ def plan_latents(config: LatentsConfig) -> Plan:
     dataset = load_manifest(config.dataset)
     if dataset.kind != "dataset":
         raise ValueError(f"{config.dataset} holds {dataset.kind}, expected a dataset")
-    stored_size = dataset.identity.get("image_size", config.image_size)
+    stored_size = dataset.image_size or config.image_size
     if config.image_size > stored_size:
         raise ValueError(f"image_size {config.image_size} is more than the dataset's {stored_size} in {config.dataset}")
     model = load_autoencoder(config.autoencoder)
@@ -297,7 +297,12 @@ def plan_latents(config: LatentsConfig) -> Plan:
         identity=_identity(config, model),
         tasks=tasks,
         make_stage=partial(EncodeStage, config),
-        resources=Resources(num_cpus=config.num_cpus, num_gpus=float(is_on_gpu), num_actors=config.num_actors),
+        resources=Resources(
+            num_cpus=config.num_cpus,
+            num_gpus=float(is_on_gpu),
+            min_actors=config.num_actors or 1,
+            max_actors=config.num_actors,
+        ),
         num_rows=num_rows,
         num_bytes_estimate=num_rows * _bytes_per_row(config, model),
         summarize=partial(summarize, dataset_digest=dataset.digest),

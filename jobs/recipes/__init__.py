@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jobs.recipes import emoji, laion
+from jobs.recipes import emoji, laion, reshard
 from jobs.wiring.evaluate import EvaluateConfig
 from jobs.wiring.sample import SampleConfig
+from jobs.wiring.shard_dataset import ShardDatasetConfig
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import TrainLdmConfig
 from pipeline.encode import LatentsConfig
-from pipeline.ingest.stage import DatasetConfig
 
-SHARD_DATASET: dict[str, Callable[[str], DatasetConfig]] = {
+SHARD_DATASET: dict[str, Callable[[str], ShardDatasetConfig]] = {
     "emoji": emoji.shard_dataset,
     "laion": laion.shard_dataset,
+    "reshard": reshard.shard_dataset,
 }
 TRAIN_AUTOENCODER: dict[str, Callable[[str], TrainAutoencoderConfig]] = {
     "emoji": emoji.train_autoencoder,

@@ -10,6 +10,7 @@ from pathlib import Path
 from jobs.command_line import placed
 from jobs.wiring.evaluate import EvaluateConfig
 from jobs.wiring.sample import SampleConfig
+from jobs.wiring.shard_dataset import ShardDatasetConfig
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import PreviewConfig, TrainLdmConfig
 from ldm import storage
@@ -30,8 +31,7 @@ from ldm.training.optim import Decay, OptimConfig
 from ldm.training.tracking_config import TrackingConfig
 from ldm.unet import zoo as unets
 from pipeline.encode import LatentsConfig
-from pipeline.ingest.stage import DatasetConfig
-from pipeline.ingest.transforms import ImageFormat
+from pipeline.ingest.transforms import ImageFormat, PictureConfig
 from pipeline.sources.emoji import EmojiConfig
 
 TEXT = TextEncoderConfig(max_tokens=24)
@@ -48,9 +48,15 @@ PROMPTS = (
 )
 
 
-def shard_dataset(home: str) -> DatasetConfig:
+def shard_dataset(home: str) -> ShardDatasetConfig:
     """7,906 emoji drawings in two styles, 64 px on white, held out by label."""
-    return DatasetConfig(root=join(home, "dataset"), source=EmojiConfig(), image_size=64, image_format=ImageFormat.PNG)
+    return ShardDatasetConfig(
+        root=join(home, "dataset"),
+        record=_record(home, "dataset"),
+        source=EmojiConfig(),
+        picture=PictureConfig(image_size=64, image_format=ImageFormat.PNG),
+        tracking=_tracking(home),
+    )
 
 
 def train_autoencoder(home: str) -> TrainAutoencoderConfig:

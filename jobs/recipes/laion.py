@@ -9,6 +9,7 @@ from __future__ import annotations
 from jobs.command_line import placed
 from jobs.wiring.evaluate import EvaluateConfig, GateConfig
 from jobs.wiring.sample import SampleConfig
+from jobs.wiring.shard_dataset import ShardDatasetConfig
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import PreviewConfig, TrainLdmConfig
 from ldm.autoencoder import zoo as autoencoders
@@ -30,9 +31,10 @@ from ldm.training.tracking_config import TrackingConfig
 from ldm.unet import zoo as unets
 from pipeline.encode import LatentsConfig
 from pipeline.encode import Precision as EncodePrecision
-from pipeline.ingest.filters import FilterConfig
-from pipeline.ingest.stage import DatasetConfig
-from pipeline.sources.parquet import UrlParquetConfig
+from pipeline.ingest.duplicates import DuplicateConfig
+from pipeline.ingest.filters import FilterConfig, laion_safety
+from pipeline.ingest.transforms import PictureConfig
+from pipeline.sources.tables import UrlTableConfig, laion_columns
 
 AUTOENCODER = "hf://stabilityai/sd-vae-ft-mse"
 """Any folder or URL in the layout of diffusers; this one is kl-f8, fetched from the hub."""
@@ -51,14 +53,16 @@ RECORDS = placed("runs/laion/records")
 WORKERS = 8
 
 
-def shard_dataset(home: str) -> DatasetConfig:
-    """LAION parquet of addresses and captions → 256 px jpg tars in object storage."""
-    columns = ("similarity", "punsafe", "pwatermark", "AESTHETIC_SCORE")
-    return DatasetConfig(
+def shard_dataset(home: str) -> ShardDatasetConfig:
+    """LAION parquet of addresses and captions → 256 px jpg tars in object storage, safe and without copies."""
+    return ShardDatasetConfig(
         root=join(home, "dataset"),
-        source=UrlParquetConfig(folder=join(home, "metadata"), attribute_columns=columns),
-        image_size=256,
-        filters=FilterConfig(min_side=256, max_aspect=3.0, min_caption_chars=5),
+        record=join(RECORDS, "dataset"),
+        source=UrlTableConfig(folder=join(home, "metadata"), attribute_columns=laion_columns()),
+        picture=PictureConfig(image_size=256),
+        filters=FilterConfig(rules=laion_safety(), min_side=256, max_aspect=3.0, min_caption_chars=5),
+        duplicates=DuplicateConfig(exact=True),
+        tracking=TRACKING,
     )
 
 

@@ -100,10 +100,10 @@ def evaluate_worker(
         made_of = model.card.lineage[f"{name}_digest"]
         if made_of != found.digest:
             raise ValueError(f"{config.model_folder} was trained on {name} {made_of}, {uri} has {found.digest}")
-    if dataset.identity["image_size"] != config.protocol.image_size:
+    if dataset.image_size != config.protocol.image_size:
         raise ValueError(
-            f"the protocol compares images of {config.protocol.image_size} px, {config.dataset} has "
-            f"{dataset.identity['image_size']}"
+            f"the protocol compares images of {config.protocol.image_size} px, "
+            f"{config.dataset} has {dataset.image_size}"
         )
     split = Split(config.protocol.split)
     images = ImageLoader(dataset, ImageLoaderConfig(root=config.dataset, split=split))

@@ -109,7 +109,7 @@ def check_inputs(config: TrainAutoencoderConfig) -> Manifest:
         ValueError: naming what does not fit what.
     """
     manifest = load_manifest(config.dataset)
-    size = int(manifest.identity.get("image_size", 0))
+    size = manifest.image_size
     if size % config.autoencoder.factor:
         raise ValueError(f"images of {size} px are no multiple of the autoencoder's factor {config.autoencoder.factor}")
     check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)

@@ -1,211 +1,191 @@
-"""Bytes of a URL, from public addresses only, or the named reason why not.
-
-The guard sits where a socket is made: whatever a URL, a name server or a redirect said, the very address that is about
-to be connected is checked, so nothing can change between check and use.
-"""
+"""Bytes of many rows' URLs, in the rows' order, downloaded ahead of the caller in bounded memory."""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import socket
-import ssl
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-import aiohttp
+from aiohttp.abc import AbstractResolver
 
-from ldm.config import Config
+from pipeline.ingest.admission import Admission, Turn
+from pipeline.ingest.client import Client, FetchConfig
+from pipeline.ingest.outcomes import FETCH_REASONS, TRANSIENT_REASONS
 from pipeline.store.schema import Reject, SourceRow
 
-CHUNK_BYTES = 1 << 16
-TRANSIENT_REASONS = frozenset({"timeout", "connection", "dns", "http_429", "http_500", "http_502", "http_503"})
-"""Reasons that a second attempt may not meet again."""
+__all__ = ["FETCH_REASONS", "TRANSIENT_REASONS", "FetchConfig", "Fetcher"]
 
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-"""Addresses that a gateway turns into IPv4 ones (RFC 6052)."""
+BATCH_ROWS = 16
+"""Rows handed to the event loop at once: waking it costs more than the rest of the handing."""
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FetchConfig(Config):
-    """How images are fetched from the network."""
-
-    timeout_seconds: float = 10.0
-    """Time for one whole download, redirects included."""
-    num_attempts: int = 2
-    """Tries for a cause that may pass, such as a time-out."""
-    max_bytes: int = 20_000_000
-    """Longer answers are given up."""
-    max_redirects: int = 5
-    """Redirects followed, each address checked anew."""
-    num_connections: int = 64
-    """Downloads at once in one worker."""
-    allowed_networks: tuple[str, ...] = ()
-    """Private networks that may be fetched from after all, such as 10.1.0.0/16."""
-    user_agent: str = "latent-diffusion-pipeline/1"
-    """What the fetcher calls itself to servers."""
-
-    def __post_init__(self) -> None:
-        """Refuse limits that nothing passes and networks that are none."""
-        for name in ("timeout_seconds", "num_attempts", "max_bytes", "num_connections"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.max_redirects < 0:
-            raise ValueError(f"max_redirects must be at least 0, got {self.max_redirects}")
-        for network in self.allowed_networks:
-            ipaddress.ip_network(network)
-
-
-class RefusedAddress(Exception):  # noqa: N818 - it names what was refused; not an OSError, which aiohttp would retry
-    """The address that a URL leads to is not a public one."""
+T = TypeVar("T")
 
 
 class Fetcher:
     """Downloads in a thread of its own while its caller decodes what came before."""
 
-    def __init__(self, config: FetchConfig) -> None:
-        """Keep the configuration; the thread starts with the `with` block."""
+    def __init__(self, config: FetchConfig, resolver: AbstractResolver | None = None) -> None:
+        """Keep the configuration; the thread starts with the `with` block.
+
+        Args:
+            config: limits.
+            resolver: looks names up; None for the system's.
+        """
         self.config = config
-        self.networks = tuple(ipaddress.ip_network(network) for network in config.allowed_networks)
+        self.resolver = resolver
         self.loop = asyncio.new_event_loop()
+        self.lookups = ThreadPoolExecutor(config.num_lookups, "lookup")
         self.thread = Thread(target=self.loop.run_forever, daemon=True)
-        self.session: aiohttp.ClientSession | None = None
+        self.client: Client
 
     def __enter__(self) -> Self:
+        self.loop.set_default_executor(self.lookups)
         self.thread.start()
+        self.client = self._run(self._open())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        asyncio.run_coroutine_threadsafe(self._close(), self.loop).result()
+        self._run(self._close())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
+        self.lookups.shutdown(wait=False, cancel_futures=True)
         self.loop.close()
 
     def fetch(self, url: str) -> bytes | Reject:
         """Return the bytes of one URL, or why there are none."""
-        return asyncio.run_coroutine_threadsafe(self._fetch(url), self.loop).result()
-
-    def payloads(self, rows: Iterable[SourceRow]) -> Iterator[tuple[SourceRow, bytes | Reject]]:
-        """Yield each row with its image's bytes, in the order of the rows, downloading ahead of the caller."""
-        pending: deque[tuple[SourceRow, Future[bytes | Reject]]] = deque()
-        for row in rows:
-            pending.append((row, self._start(row)))
-            if len(pending) > 2 * self.config.num_connections:
-                first, download = pending.popleft()
-                yield first, download.result()
-        for first, download in pending:
-            yield first, download.result()
-
-    def _start(self, row: SourceRow) -> Future[bytes | Reject]:
-        if row.payload is None and row.url:
-            return asyncio.run_coroutine_threadsafe(self._fetch(row.url), self.loop)
-        done: Future[bytes | Reject] = Future()
-        done.set_result(Reject("no_image") if row.payload is None else row.payload)
-        return done
-
-    async def _fetch(self, url: str) -> bytes | Reject:
-        outcome: bytes | Reject = Reject("timeout")
-        for _ in range(self.config.num_attempts):
-            outcome = await self._attempt(url)
-            if not isinstance(outcome, Reject) or outcome.reason not in TRANSIENT_REASONS:
-                break
+        ((_, outcome),) = self.payloads([SourceRow(key="", captions=(), url=url)])
         return outcome
 
-    async def _attempt(self, url: str) -> bytes | Reject:
+    def payloads(self, rows: Iterable[SourceRow]) -> Iterator[tuple[SourceRow, bytes | Reject]]:
+        """Yield each row with its image's bytes, or why there are none, in the order of the rows.
+
+        Rows are downloaded ahead of the caller, as many and as much as the config allows. Bytes that came with a row
+        are passed through.
+        """
+        passage = _Passage(self)
         try:
-            # aiohttp gives up at its limit, not beyond it
-            async with self._open_session().get(url, max_redirects=self.config.max_redirects + 1) as response:
-                if response.status != 200:
-                    return Reject(f"http_{response.status}", str(response.url))
-                return await self._content(response)
-        except (aiohttp.ClientError, RefusedAddress, TimeoutError, OSError, ValueError) as error:
-            return Reject(_reason(error), f"{type(error).__name__}: {error}"[:200])
+            for row in rows:
+                passage.add(row)
+                while passage.is_full():
+                    yield passage.take()
+            while passage.rows:
+                yield passage.take()
+        finally:
+            passage.abandon()
 
-    async def _content(self, response: aiohttp.ClientResponse) -> bytes | Reject:
-        content = bytearray()
-        if (response.content_length or 0) > self.config.max_bytes:
-            return Reject("too_large", f"{response.content_length} bytes announced")
-        async for chunk in response.content.iter_chunked(CHUNK_BYTES):
-            content += chunk
-            if len(content) > self.config.max_bytes:
-                return Reject("too_large", f"more than {self.config.max_bytes} bytes")
-        return bytes(content)
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self.session is None:
-            # Addresses are tried one after another: in a race of several, a refused one would be lost among the others.
-            connector = aiohttp.TCPConnector(
-                limit=self.config.num_connections, socket_factory=self._guarded_socket, happy_eyeballs_delay=None
-            )
-            self.session = aiohttp.ClientSession(
-                connector=connector,
-                timeout=aiohttp.ClientTimeout(total=self.config.timeout_seconds),
-                headers={"User-Agent": self.config.user_agent, "Accept-Encoding": "identity"},
-                auto_decompress=False,  # an answer may unpack to a thousand times its size
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
-        return self.session
-
-    def _guarded_socket(self, address_info: tuple[Any, ...]) -> socket.socket:
-        family, kind, protocol, _, address = address_info
-        if not self._is_allowed(address[0]):
-            raise RefusedAddress(f"{address[0]} is not a public address")
-        return socket.socket(family=family, type=kind, proto=protocol)
-
-    def _is_allowed(self, host: str) -> bool:
-        address = _reached(ipaddress.ip_address(host.partition("%")[0]))
-        is_public = address.is_global and not address.is_multicast
-        return is_public or any(address in network for network in self.networks)
+    async def _open(self) -> Client:
+        return Client(self.config, self.resolver)
 
     async def _close(self) -> None:
         unfinished = asyncio.all_tasks() - {asyncio.current_task()}
         for task in unfinished:
             task.cancel()
         await asyncio.gather(*unfinished, return_exceptions=True)
-        if self.session is not None:
-            await self.session.close()
+        await self.client.close()
 
 
-def _reached(address: Address) -> Address:
-    """Return the IPv4 address that an IPv6 address stands for (mapped, 6to4, Teredo, NAT64), else itself."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return address
-    if address in NAT64:
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else address)
+class _Passage:
+    """The rows that were read and not taken yet.
+
+    `_advance`, `_arrive` and `_cancel` run in the event loop's thread, the rest in the caller's.
+    """
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        config = fetcher.config
+        self.loop = fetcher.loop
+        self.client = fetcher.client
+        self.admission = Admission(config.num_connections, config.num_connections_per_host, config.max_buffer_bytes)
+        self.num_rows_ahead = config.num_rows_ahead
+        self.max_buffer_bytes = config.max_buffer_bytes
+        self.rows: deque[SourceRow] = deque()
+        self.head = 0
+        self.told_head = 0
+        self.num_payload_bytes = 0
+        self.batch: list[tuple[int, str]] = []
+        self.arrived: SimpleQueue[tuple[int, asyncio.Task[bytes | Reject]]] = SimpleQueue()
+        self.outcomes: dict[int, asyncio.Task[bytes | Reject]] = {}
+        self.num_taken_bytes = 0
+        self.tasks: set[asyncio.Task[bytes | Reject]] = set()
+
+    def add(self, row: SourceRow) -> None:
+        """Let a row in; its download starts soon."""
+        order = self.head + len(self.rows)
+        self.rows.append(row)
+        if row.payload is not None:
+            self.num_payload_bytes += len(row.payload)
+        elif row.url:
+            self.batch.append((order, row.url))
+            if len(self.batch) >= BATCH_ROWS:
+                self._tell_loop()
+
+    def is_full(self) -> bool:
+        """Return whether the first row is to be taken before another is let in: reading on would gain nothing."""
+        is_here = bool(self.rows) and not _is_download(self.rows[0])
+        has_many = len(self.rows) > self.num_rows_ahead or self.num_payload_bytes > self.max_buffer_bytes
+        return is_here or (bool(self.rows) and has_many)
+
+    def take(self) -> tuple[SourceRow, bytes | Reject]:
+        """Return the first row and its bytes, waiting for them."""
+        row = self.rows[0]
+        outcome = self._outcome(row)
+        self.rows.popleft()
+        self.head += 1
+        if self.head - self.told_head >= BATCH_ROWS or self.num_taken_bytes * BATCH_ROWS >= self.max_buffer_bytes:
+            self._tell_loop()
+        return row, outcome
+
+    def _outcome(self, row: SourceRow) -> bytes | Reject:
+        if row.payload is not None:
+            self.num_payload_bytes -= len(row.payload)
+            return row.payload
+        if not row.url:
+            return Reject("no_image")
+        while self.head not in self.outcomes:
+            if self.arrived.empty() and (self.batch or self.head != self.told_head):
+                self._tell_loop()
+            order, task = self.arrived.get()
+            self.outcomes[order] = task
+        outcome = self.outcomes.pop(self.head).result()
+        self.num_taken_bytes += len(outcome) if isinstance(outcome, bytes) else 0
+        return outcome
+
+    def abandon(self) -> None:
+        """Stop what nobody will take."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._cancel)
+
+    def _tell_loop(self) -> None:
+        """Send new rows, and what was taken since, to the event loop."""
+        self.loop.call_soon_threadsafe(self._advance, self.batch, self.head, self.num_taken_bytes)
+        self.batch, self.num_taken_bytes, self.told_head = [], 0, self.head
+
+    def _advance(self, batch: list[tuple[int, str]], head: int, num_taken_bytes: int) -> None:
+        self.admission.memory.give(num_taken_bytes)
+        self.admission.advance(head)
+        for order, url in batch:
+            task = self.loop.create_task(self.client.download(url, Turn(self.admission, order)))
+            self.tasks.add(task)
+            task.add_done_callback(partial(self._arrive, order))
+
+    def _arrive(self, order: int, task: asyncio.Task[bytes | Reject]) -> None:
+        self.tasks.discard(task)
+        self.arrived.put((order, task))
+
+    def _cancel(self) -> None:
+        for task in self.tasks:
+            task.cancel()
 
 
-def _reason(error: Exception) -> str:
-    """Return the word under which a failed download is counted."""
-    match error:
-        case RefusedAddress():
-            return "refused_address"
-        case TimeoutError():
-            return "timeout"
-        case aiohttp.ClientConnectorDNSError():
-            return "dns"
-        case aiohttp.ClientSSLError() | ssl.SSLError():
-            return "tls"
-        case aiohttp.TooManyRedirects():
-            return "too_many_redirects"
-        case aiohttp.NonHttpUrlClientError():
-            return "not_http"
-        case aiohttp.InvalidURL():
-            return "bad_url"
-        case aiohttp.ClientPayloadError():
-            return "cut_off"
-        case aiohttp.ClientConnectionError() | OSError():
-            return "connection"
-        case aiohttp.ClientError():
-            return "bad_answer"
-        case _:
-            return "bad_url"
+def _is_download(row: SourceRow) -> bool:
+    return row.payload is None and bool(row.url)

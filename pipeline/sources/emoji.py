@@ -6,7 +6,7 @@ drawing counts only where every style has it. All styles of one label fall to th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -18,8 +18,9 @@ from pathlib import Path
 import emoji
 
 from ldm.config import Config, digest_of
-from pipeline.sources.source import Listing, check_positive, check_share, split_of
-from pipeline.store.schema import SourceRow, Split, key_of
+from pipeline.sources.listing import Both, Listing, unpacked
+from pipeline.sources.source import check_positive, check_share, split_of
+from pipeline.store.schema import JSON, SourceRow, Split, key_of
 
 VARIATION_SELECTOR = "fe0f"
 
@@ -89,25 +90,26 @@ class _Drawing:
 class EmojiSource:
     """The rows of an `EmojiConfig`, sorted by key, which scatters labels and styles over all shards."""
 
-    def __init__(self, config: EmojiConfig) -> None:
-        """Keep the configuration; folders are listed at the first use."""
+    def __init__(self, config: EmojiConfig, known: Container[str] = frozenset()) -> None:
+        """Keep the configuration, and the keys that are not to be listed; folders are listed at the first use."""
         self.config = config
+        self._known = known
 
     @cached_property
     def digest(self) -> str:
         """Digest of the configuration, the packages' versions and the drawings' names."""
         packages = ["emoji", *(_PACKAGES[style].distribution for style in self.config.styles)]
-        keys = {split.value: [row.key for row in rows] for split, rows in self._listing.entries_of_split.items()}
         versions = {package: version(package) for package in packages}
-        return digest_of({"config": self.config.to_dict(), "versions": versions, "keys": keys})
+        return digest_of({"config": self.config.to_dict(), "versions": versions, "keys": self._listing.keys_of_split})
 
     def shard_names(self, split: Split) -> Sequence[str]:
         """Return the names of a split's shards, in order."""
         return self._listing.shard_names(split)
 
-    def open_shard_at_row(self, name: str, row: int) -> Iterator[SourceRow]:
-        """Yield the rows of a shard from row number `row` on; the payload is the SVG."""
-        for drawing in islice(self._listing.shard(name), row, None):
+    def open_shard_at_row(self, name: str, row: int, payload: str = "") -> Iterator[SourceRow]:
+        """Yield the rows of a shard from row number `row` on; a row's payload is the SVG."""
+        drawings = unpacked(name, payload, self._unpack) if payload else self._listing.shard(name)
+        for drawing in islice(drawings, row, None):
             yield SourceRow(
                 key=drawing.key,
                 captions=_captions(drawing),
@@ -128,11 +130,32 @@ class EmojiSource:
         """Return how many rows a split holds."""
         return len(self._listing.entries_of_split[split])
 
+    def without(self, known: Container[str]) -> EmojiSource:
+        """Return the source of the drawings whose keys are not in `known`."""
+        return EmojiSource(self.config, Both(self._known, known))
+
+    def previous_of(self, name: str) -> str:
+        """Return "": drawings are listed one by one."""
+        return ""
+
+    def shard_payload(self, name: str) -> str:
+        """Return the shard's drawings as `STYLE:CODEPOINTS`."""
+        return self._listing.payload(name, lambda drawing: f"{drawing.style.value}:{drawing.codepoints}")
+
+    def _unpack(self, packed: JSON) -> _Drawing:
+        if packed not in self._drawing_of_name:
+            raise ValueError(f"the packages no longer have the drawing {packed}")
+        return self._drawing_of_name[packed]
+
+    @cached_property
+    def _drawing_of_name(self) -> dict[str, _Drawing]:
+        return {f"{drawing.style.value}:{drawing.codepoints}": drawing for drawing in _drawings(self.config)}
+
     @cached_property
     def _listing(self) -> Listing[_Drawing]:
         share = self.config.holdout_share
-        drawings = ((split_of(drawing.label, share), drawing) for drawing in _drawings(self.config))
-        return Listing.of(drawings, self.config.rows_per_shard)
+        drawings = ((split_of(drawing.label, share), drawing) for drawing in self._drawing_of_name.values())
+        return Listing.of(drawings, self.config.rows_per_shard).without(self._known)
 
 
 def _drawings(config: EmojiConfig) -> Iterator[_Drawing]:

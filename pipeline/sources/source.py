@@ -1,16 +1,23 @@
 """What a source of image-text rows is: named shards, each opened at any row.
 
-A source's shards are cut from a fixed order of its rows, so a name means the same rows in every process.
+A shard's name holds a digest of what it was cut from, so it means the same rows in every process and for ever: after
+rows were added to the source a name either still means those rows or is no longer there.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Container, Iterator, Sequence
+from enum import StrEnum
+from typing import Protocol
 
 from pipeline.store.schema import SourceRow, Split
+
+DIGEST_LENGTH = 12
+"""Hex digits of the digest in a shard's name: 48 bits."""
+
+BROKEN = "broken"
+"""Attribute of a row that stands for something unreadable; its value says what is wrong, for a person."""
 
 
 class Source(Protocol):
@@ -25,8 +32,17 @@ class Source(Protocol):
         """Return the names of a split's shards, in order."""
         ...
 
-    def open_shard_at_row(self, name: str, row: int) -> Iterator[SourceRow]:
-        """Yield the rows of a shard from row number `row` on."""
+    def open_shard_at_row(self, name: str, row: int, payload: str = "") -> Iterator[SourceRow]:
+        """Yield the rows of a shard from row number `row` on.
+
+        Args:
+            name: one of `shard_names`, of this source or of an equal one in another process.
+            row: the first row wanted.
+            payload: what `shard_payload` said of the shard when it was planned; needed where the source has grown.
+
+        Raises:
+            ValueError: if the shard's rows are no longer those that the name stands for.
+        """
         ...
 
     def shard_num_rows(self, name: str) -> int | None:
@@ -37,74 +53,47 @@ class Source(Protocol):
         """Return how many rows a split holds, or None where only reading them would tell."""
         ...
 
+    def without(self, known: Container[str]) -> Source:
+        """Return a source that lists no row whose key is in `known`.
+
+        Sources that are cut by file return themselves: their names stay, and `previous_of` says whose rows they are.
+        """
+        ...
+
+    def previous_of(self, name: str) -> str:
+        """Return the unit a shard belongs to: a file's relative name, or "" where rows are listed one by one.
+
+        Shards of one unit but of another content digest may hold rows that are already there.
+        """
+        ...
+
+    def shard_payload(self, name: str) -> str:
+        """Return compact JSON with which any process can open the shard, or "" where the name is enough."""
+        ...
+
+
+class Holdout(StrEnum):
+    """What falls to validation as a whole."""
+
+    ROWS = "rows"
+    """Single rows: the share is met closely, and every file is read once for each split."""
+    FILES = "files"
+    """Whole files, by the digest of their names: each is read once; right where there are hundreds of files."""
+
 
 def is_held_out(identity: str, share: float) -> bool:
     """Say whether what `identity` names falls to validation: its digest, as a fraction of 1, is below `share`."""
-    digest = hashlib.sha256(f"hold-out:{identity}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return fraction_of(f"hold-out:{identity}") < share
+
+
+def fraction_of(identity: str) -> float:
+    """Return a number in [0, 1) that depends on nothing but `identity`."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
 
 
 def split_of(identity: str, holdout_share: float) -> Split:
     """Return the split that what `identity` names belongs to."""
     return Split.VALIDATION if is_held_out(identity, holdout_share) else Split.TRAIN
-
-
-def shard_name(split: Split, position: int) -> str:
-    """Return the name of a split's shard number `position`."""
-    return f"{split.value}/{position:06d}"
-
-
-def position_of(name: str) -> tuple[Split, int]:
-    """Return what `shard_name` was given.
-
-    Raises:
-        ValueError: if it made no such name.
-    """
-    split, _, position = name.partition("/")
-    return Split(split), int(position)
-
-
-class Keyed(Protocol):
-    """Anything that has a row's key."""
-
-    @property
-    def key(self) -> str:
-        """The row's key."""
-        ...
-
-
-Entry = TypeVar("Entry", bound=Keyed)
-
-
-@dataclass(frozen=True, slots=True)
-class Listing(Generic[Entry]):
-    """Rows known in advance, sorted by key and cut into shards of equal length.
-
-    Keys are digests, so sorting by them scatters neighbours over all shards.
-    """
-
-    entries_of_split: Mapping[Split, Sequence[Entry]]
-    rows_per_shard: int
-
-    @classmethod
-    def of(cls, entries: Iterable[tuple[Split, Entry]], rows_per_shard: int) -> Listing[Entry]:
-        """Return the listing of entries given with their splits, in any order."""
-        entries_of_split: dict[Split, list[Entry]] = {split: [] for split in Split}
-        for split, entry in entries:
-            entries_of_split[split].append(entry)
-        ordered = {split: sorted(found, key=lambda entry: entry.key) for split, found in entries_of_split.items()}
-        return cls(ordered, rows_per_shard)
-
-    def shard_names(self, split: Split) -> list[str]:
-        """Return the names of a split's shards, in order."""
-        num_shards = -(-len(self.entries_of_split[split]) // self.rows_per_shard)
-        return [shard_name(split, position) for position in range(num_shards)]
-
-    def shard(self, name: str) -> Sequence[Entry]:
-        """Return the entries of one shard."""
-        split, position = position_of(name)
-        start = position * self.rows_per_shard
-        return self.entries_of_split[split][start : start + self.rows_per_shard]
 
 
 def check_share(holdout_share: float) -> None:

@@ -1,45 +1,65 @@
-"""WebDataset tars made elsewhere, such as img2dataset's: one source shard for each tar.
+"""WebDataset tars made elsewhere, such as img2dataset's: one source shard for each tar and split.
 
-Captions come from a text member and from a field of the JSON member. Whole tars are held out, so that none is read
-twice.
+Captions come from a text member and from a field of the JSON member, whose other fields are kept as attributes. A tar
+that is damaged gives its good rows, and a row for everything that is wrong with it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import IO
 
 from ldm.config import Config, digest_of
-from ldm.storage import join, list_names
-from pipeline.sources.source import check_share
-from pipeline.store.schema import Row, SourceRow, Split, key_of
-from pipeline.store.shards import read_rows
+from pipeline.sources.files import (
+    Place,
+    check_place,
+    each_at_once,
+    names_of_files,
+    open_seekable,
+    quick_digest,
+    size_of,
+)
+from pipeline.sources.slices import Cut, Slice, SlicedFile, slice_of
+from pipeline.sources.source import BROKEN, DIGEST_LENGTH, Holdout, check_positive, check_share
+from pipeline.sources.tar_members import TarMember, read_members
+from pipeline.sources.values import captions_of, json_of, text_of
+from pipeline.store.schema import JSON, SourceRow, Split, key_of
+
+TAR_SUFFIXES = (".tar",)
+
+_PLACES = frozenset({"folder", "files"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TarsConfig(Config):
-    """A folder of WebDataset tars."""
+    """WebDataset tars in a folder, or named one by one."""
 
-    folder: str
-    """Where the .tar files are: a folder or a URL such as s3://bucket/tars."""
+    folder: str = ""
+    """Where the .tar files are: a folder or a URL such as s3://bucket/tars; looked through at every depth."""
+    files: tuple[str, ...] = ()
+    """The tars one by one, below the folder or as whole URLs; for stores that can't be listed, such as https://."""
     image_suffixes: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
     """Members that may be the image; the first that a row has is taken."""
     caption_suffix: str = "txt"
     """Member with the caption."""
     caption_field: str = "caption"
-    """Field of the JSON member with the caption, or a list of them, where there is no caption member."""
+    """Field of the JSON member with the caption, or a list of them, beside the caption member."""
+    max_bytes: int = 1 << 28
+    """Longest member that is read."""
     holdout_share: float = 0.01
-    """Share of tars kept for validation: rounded up, and never all."""
+    """Share of what is kept for validation."""
+    holdout: Holdout = Holdout.ROWS
+    """What is held out: single rows, for which tars are read twice, or whole tars."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no dataset."""
+        check_positive("max_bytes", self.max_bytes)
         check_share(self.holdout_share)
+        check_place(self.folder, self.files)
         if not self.image_suffixes:
             raise ValueError("image_suffixes must name one member at least")
 
@@ -48,27 +68,36 @@ class TarsConfig(Config):
         return TarsSource(self)
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Members that stand together in a tar under one name: a row."""
+
+    name: str
+    members: dict[str, TarMember]
+    problems: list[TarMember]
+
+
 class TarsSource:
     """The rows of a `TarsConfig`, in the tars' own order."""
 
     def __init__(self, config: TarsConfig) -> None:
-        """Keep the configuration; the folder is listed at the first use."""
+        """Keep the configuration; tars are listed at the first use."""
         self.config = config
+        self._cut = Cut(holdout_share=config.holdout_share, holdout=config.holdout)
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the configuration without its path, and of the tars' names."""
-        config = {name: value for name, value in self.config.to_dict().items() if name != "folder"}
-        return digest_of({"config": config, "tars": self._names})
+        """Digest of the configuration without its places, and of the tars' names, sizes, beginnings and ends."""
+        config = {name: value for name, value in self.config.to_dict().items() if name not in _PLACES}
+        return digest_of({"config": config, "tars": [[file.name, file.digest] for file in self._files]})
 
     def shard_names(self, split: Split) -> Sequence[str]:
-        """Return the names of a split's tars, in order."""
-        return [name for name in self._names if (name in self._held_out) == (split is Split.VALIDATION)]
+        """Return the names of a split's shards, in the tars' order."""
+        return self._cut.shard_names(self._files, split)
 
-    def open_shard_at_row(self, name: str, row: int) -> Iterator[SourceRow]:
+    def open_shard_at_row(self, name: str, row: int, payload: str = "") -> Iterator[SourceRow]:
         """Yield the rows of a tar from row number `row` on; rows without an image have no payload."""
-        rows = islice(read_rows(join(self.config.folder, name)), row, None)
-        return (self._source_row(name, members) for members in rows)
+        return islice(self._rows(slice_of(name)), row, None)
 
     def shard_num_rows(self, name: str) -> int | None:
         """Return None: a tar does not say how many rows it holds."""
@@ -78,44 +107,117 @@ class TarsSource:
         """Return None: tars do not say how many rows they hold."""
         return None
 
-    @cached_property
-    def _names(self) -> list[str]:
-        names = [name for name in list_names(self.config.folder) if name.endswith(".tar") and not name.startswith(".")]
-        if not names:
-            raise ValueError(f"{self.config.folder} holds no .tar file")
-        return names
+    def without(self, known: Container[str]) -> TarsSource:
+        """Return the source itself: a tar is one shard, whose name stays."""
+        return self
+
+    def previous_of(self, name: str) -> str:
+        """Return the tar's name."""
+        return slice_of(name).file
+
+    def shard_payload(self, name: str) -> str:
+        """Return "": the name says all."""
+        return ""
 
     @cached_property
-    def _held_out(self) -> set[str]:
-        num_held_out = min(math.ceil(len(self._names) * self.config.holdout_share), len(self._names) - 1)
-        return set(sorted(self._names, key=lambda name: hashlib.sha256(name.encode()).digest())[:num_held_out])
+    def _files(self) -> list[SlicedFile]:
+        return each_at_once(self._survey, names_of_files(self.config.folder, self.config.files, TAR_SUFFIXES))
 
-    def _source_row(self, name: str, members: Row) -> SourceRow:
-        facts = _json_object(members.get("json", b"{}"))
-        image_suffix = next((suffix for suffix in self.config.image_suffixes if suffix in members), None)
-        texts = (
-            [members[self.config.caption_suffix].decode(errors="replace")]
-            if self.config.caption_suffix in members
-            else []
-        )
-        said = facts.get(self.config.caption_field, facts.get("captions", []))
-        texts += [str(text) for text in (said if isinstance(said, list) else [said]) if text]
+    def _survey(self, name: str) -> SlicedFile:
+        with open_seekable(Place(folder=self.config.folder, name=name)) as file:
+            digest = quick_digest(file)[:DIGEST_LENGTH]
+            size = size_of(file)
+        return SlicedFile(name=name, digest=digest, num_rows=0, bounds=(0, max(size, 1)))
+
+    def _rows(self, piece: Slice) -> Iterator[SourceRow]:
+        """Yield a tar's rows that belong to the slice's split; of the others only headers are read."""
+        with open_seekable(Place(folder=self.config.folder, name=piece.file)) as file:
+            piece.check(quick_digest(file)[:DIGEST_LENGTH])
+            seen: set[str] = set()
+            num_found = 0
+            for found in _read_groups(file, self.config.max_bytes):
+                num_found += 1
+                for part in self._parts(found, seen):
+                    if self._cut.takes(key := _key_of(piece.file, part), piece):
+                        yield self._row(file, piece.file, key, part)
+            if not num_found and self._cut.takes(key := _key_of(piece.file, empty := TarMember(offset=0)), piece):
+                yield self._row(file, piece.file, key, replace(empty, problem="the tar has no members"))
+
+    def _parts(self, found: _Group | TarMember, seen: set[str]) -> Iterator[_Group | TarMember]:
+        """Yield what becomes a row each: a group, and what is wrong with it where its image is sound all the same."""
+        if isinstance(found, TarMember):
+            yield found
+            return
+        if found.name in seen:
+            first = next(iter((*found.members.values(), *found.problems)))
+            yield replace(first, problem=f"{found.name} stands again, apart from its first members")
+            return
+        seen.add(found.name)
+        yield found
+        if self._image_of(found) is not None:
+            yield from found.problems
+
+    def _row(self, file: IO[bytes], tar: str, key: str, part: _Group | TarMember) -> SourceRow:
+        if isinstance(part, TarMember):
+            return SourceRow(key=key, captions=(), attributes={"tar": tar, BROKEN: text_of(part.problem)})
+        config, members = self.config, part.members
+        facts = _json_object(members["json"].content(file)) if "json" in members else {}
+        texts = [members[config.caption_suffix].content(file)] if config.caption_suffix in members else []
+        image = self._image_of(part)
+        problem = "; ".join(member.problem for member in part.problems) or "no member is an image"
         return SourceRow(
-            key=key_of(f"tar:{name}:{members['__key__']}"),
-            captions=tuple(dict.fromkeys(texts)),
-            payload=members[image_suffix] if image_suffix else None,
-            attributes={"tar": name, "key": members["__key__"], **_scalars(facts)},
+            key=key,
+            captions=captions_of([*texts, facts.get(config.caption_field, facts.get("captions"))]),
+            payload=image.content(file) if image else None,
+            attributes={
+                **facts,
+                "tar": tar,
+                "key": text_of(part.name),
+                **({} if image else {BROKEN: text_of(problem)}),
+            },
         )
 
+    def _image_of(self, group: _Group) -> TarMember | None:
+        suffixes = (suffix for suffix in self.config.image_suffixes if suffix in group.members)
+        return next((group.members[suffix] for suffix in suffixes), None)
 
-def _json_object(content: bytes) -> dict[str, Any]:
+
+def _read_groups(file: IO[bytes], max_bytes: int) -> Iterator[_Group | TarMember]:
+    """Yield the rows of a tar, and each member that belongs to none with what is wrong with it."""
+    group: _Group | None = None
+    for member in read_members(file):
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        if not stem or not suffix:
+            yield replace(member, problem=member.problem or f"{member.name} has no name of the form KEY.SUFFIX")
+            continue
+        name, suffix = folder + slash + stem, suffix.lower()
+        if group is None or group.name != name:
+            if group is not None:
+                yield group
+            group = _Group(name, {}, [])
+        problem = member.problem
+        if not problem and suffix in group.members:
+            problem = f"{member.name} stands twice"
+        if not problem and member.num_bytes > max_bytes:
+            problem = f"{member.name} has {member.num_bytes} bytes; {max_bytes} are allowed"
+        if problem:
+            group.problems.append(replace(member, problem=problem))
+        else:
+            group.members[suffix] = member
+    if group is not None:
+        yield group
+
+
+def _key_of(tar: str, part: _Group | TarMember) -> str:
+    return key_of(f"tar:{tar}@{part.offset}" if isinstance(part, TarMember) else f"tar:{tar}:{part.name}")
+
+
+def _json_object(content: bytes) -> dict[str, JSON]:
     """Return a row's JSON member, or nothing where it is broken: the image and its caption may still be good."""
     try:
-        facts = json.loads(content)
-    except ValueError:
+        facts = json.loads(content.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def _scalars(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if isinstance(value, str | int | float | bool)}
+    sound: dict[str, JSON] = json_of(facts) if isinstance(facts, dict) else {}
+    return sound

@@ -8,6 +8,7 @@ the folder's own path, so the same work gives the same bytes anywhere.
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from pipeline.store.schema import JSON, SCHEMA_VERSION, Split
 IDENTITY_NAME = "identity.json"
 MANIFEST_NAME = "manifest.json"
 RECORD_SUFFIX = "record.json"
+logger = logging.getLogger(__name__)
+
 NUM_READERS = 16
 """Records read at once: on an object store the time of a small read is nearly all waiting."""
 
@@ -94,6 +97,11 @@ class Manifest:
         """Sha256 of the content: equal wherever and whenever the same rows were made."""
         return digest_of(self.to_dict())
 
+    @property
+    def image_size(self) -> int:
+        """Side of a dataset's pictures in pixels; 0 where the folder holds none."""
+        return int(self.identity.get("picture", {}).get("image_size", 0))
+
     def shards_of(self, split: Split) -> tuple[ShardRecord, ...]:
         """Return the shards of one split, by name."""
         return tuple(shard for shard in self.shards if shard.split == split)
@@ -158,13 +166,19 @@ def read_records(root: str) -> list[ShardRecord]:
         if name.endswith(f".{RECORD_SUFFIX}") and not name.startswith(".")
     ]
     with ThreadPoolExecutor(NUM_READERS) as readers:
-        records = [ShardRecord.from_dict(json.loads(text)) for text in readers.map(read_text, paths)]
+        records = [record for record in readers.map(_read_record, paths) if record is not None]
     return sorted(records, key=lambda record: (record.split, record.name))
 
 
-def publish_manifest(root: str, identity: Mapping[str, JSON], kind: str, summary: Mapping[str, JSON]) -> Manifest:
-    """Write `manifest.json` from the records that are there and return it."""
-    shards = tuple(read_records(root))
+def publish_manifest(
+    root: str,
+    identity: Mapping[str, JSON],
+    kind: str,
+    summary: Mapping[str, JSON],
+    records: Sequence[ShardRecord] | None = None,
+) -> Manifest:
+    """Write `manifest.json` from the given records, all that are there by default, and return it."""
+    shards = tuple(read_records(root) if records is None else records)
     manifest = Manifest(kind=kind, version=SCHEMA_VERSION, identity=identity, shards=shards, summary=summary)
     write_text(join(root, MANIFEST_NAME), _json(manifest.to_dict()))
     return load_manifest(root)
@@ -206,6 +220,16 @@ def verify(root: str) -> list[str]:
     if list(manifest.shards) != read_records(root):
         problems.append(f"{root}: the shards' records are not those of {MANIFEST_NAME}")
     return problems
+
+
+def _read_record(path: str) -> ShardRecord | None:
+    """Return a shard's record, or None for a damaged one: without it the shard does not exist and is made again."""
+    content = read_bytes(path)
+    try:
+        return ShardRecord.from_dict(json.loads(content))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s can't be read and counts as absent: %s", path, error)
+        return None
 
 
 def _problem_with(path: str, expected: FileRecord) -> str | None:

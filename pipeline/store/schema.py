@@ -7,11 +7,14 @@ size, renames nothing.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeAlias
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever a folder written by older code can no longer be read as one written by this."""
 
 KEY_LENGTH = 24
@@ -41,6 +44,7 @@ class SourceRow:
         payload: the image's encoded bytes, or None where they must be fetched.
         url: where the bytes are, or None where they are here.
         attributes: whatever else the source knows, kept in the row's JSON.
+        members: finished members by suffix, which go into the tar as they are; such a row has no payload.
     """
 
     key: str
@@ -48,6 +52,7 @@ class SourceRow:
     payload: bytes | None = None
     url: str | None = None
     attributes: dict[str, JSON] = field(default_factory=dict)
+    members: Mapping[str, bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +71,29 @@ class Reject:
 def key_of(identity: str) -> str:
     """Return the key of what `identity` names: 24 hex digits of its sha256."""
     return hashlib.sha256(identity.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def json_text(content: JSON) -> str:
+    """Return the one JSON text of plain data, whatever a hostile source put into it.
+
+    What JSON has no word for (NaN, infinities) is null, a lone surrogate a question mark, any other object its text.
+    """
+    return json.dumps(_plain(content), sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(content: JSON) -> JSON:
+    match content:
+        case None | bool() | int():
+            return content
+        case float():
+            return content if math.isfinite(content) else None
+        case Mapping():
+            return {_plain_text(str(name)): _plain(value) for name, value in content.items()}
+        case list() | tuple():
+            return [_plain(value) for value in content]
+        case _:
+            return _plain_text(str(content))
+
+
+def _plain_text(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
