@@ -72,27 +72,31 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Use the cluster that the job was submitted to, or a local Ray that ends with the block."""
+def ray_session() -> Iterator[str]:
+    """Use the cluster that the job was submitted to, or a local Ray that ends with the block; yields its address."""
     # Optional: a machine without Ray trains with --launch.where here.
     import ray
 
     if ray.is_initialized():
-        yield
+        yield ray.get_runtime_context().gcs_address
         return
     # A submitted job finds its cluster in RAY_ADDRESS; its workers get the same code by the job's working directory.
+    cluster = os.environ.get("RAY_ADDRESS", "")
     paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    for_workers = {**_passed_on(), "PYTHONPATH": os.pathsep.join(paths)}
+    if not cluster:
+        os.environ.update(for_workers)  # inherited; workers that wait in store can't take a job's own settings
     with _stderr_closed():
         ray.init(
-            address=os.environ.get("RAY_ADDRESS") or "local",
-            include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
+            address=cluster or "local",
+            include_dashboard=None if cluster else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=False,
-            runtime_env={"env_vars": {**_passed_on(), "PYTHONPATH": os.pathsep.join(paths)}},
+            runtime_env={"env_vars": for_workers} if cluster else None,
         )
     try:
-        yield
+        yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
 
@@ -226,11 +230,9 @@ class TrainingBar:
         if not self._console.is_terminal and (is_last or time.monotonic() - self._last_line > LINE_EVERY_SECONDS):
             self._last_line = time.monotonic()
             left = (progress.total - progress.done) / rate if rate else 0.0
-            self._console.print(
-                f"{self._title}: {progress.done:,}/{progress.total:,} images, {rate:.1f} img/s, "
-                f"ETA {int(left) // 60}:{int(left) % 60:02d}, {values}",
-                highlight=False,
-            )
+            speed = f"{rate:.1f} img/s, ETA {int(left) // 60}:{int(left) % 60:02d}" if rate else ""
+            parts = (f"{progress.done:,}/{progress.total:,} images", speed, values)
+            self._console.print(f"{self._title}: {', '.join(filter(None, parts))}", highlight=False)
 
 
 def _short(metrics: dict[str, float]) -> str:

@@ -14,6 +14,7 @@ from jobs.wiring.train_ldm import TrainLdmConfig
 from ldm import storage
 from ldm.config import Config
 from ldm.training.local_launch import LaunchConfig, Outcome, Where, ignore, run_here
+from ldm.training.loop import Progress
 from ldm.training.record import MirrorError
 from pipeline.store.manifest import Manifest
 from pipeline.store.schema import Split
@@ -58,16 +59,42 @@ def run_training(
 
 
 def launch(worker: Callable[..., Outcome], config: Config, where: LaunchConfig, title: str) -> Outcome:
-    """Run a worker where its configuration says, with a progress bar, and return its outcome."""
+    """Run a training's worker where its configuration says, with a progress bar, and return its outcome."""
+
+    def on_ray(bar: Callable[[Progress], None]) -> Outcome:
+        # Optional: a machine without Ray trains with --launch.where here.
+        from ldm.training.launch import run_on_ray
+
+        return run_on_ray(worker, config, where, title, bar)
+
+    return _launched(worker, config, where, title, on_ray)
+
+
+def launch_alone(worker: Callable[..., Outcome], config: Config, where: LaunchConfig, title: str) -> Outcome:
+    """Run a worker that works alone (an evaluation, a drawing) where its configuration says; as `launch`."""
+
+    def on_ray(bar: Callable[[Progress], None]) -> Outcome:
+        # Optional: a machine without Ray works with --launch.where here.
+        from ldm.training.launch import run_alone_on_ray
+
+        return run_alone_on_ray(worker, config, where, bar)
+
+    return _launched(worker, config, where, title, on_ray)
+
+
+def _launched(
+    worker: Callable[..., Outcome],
+    config: Config,
+    where: LaunchConfig,
+    title: str,
+    on_ray: Callable[[Callable[[Progress], None]], Outcome],
+) -> Outcome:
     with TrainingBar(title) if is_main_process() else nullcontext(ignore) as bar:
         if where.where is Where.HERE:
             with stop_request() as should_stop:
                 return run_here(worker, config, bar, should_stop)
-        # Optional: a machine without Ray trains with --launch.where here.
-        from ldm.training.launch import run_on_ray
-
         with ray_session():
-            return run_on_ray(worker, config, where, title, bar)
+            return on_ray(bar)
 
 
 def _open_run(config: TrainingConfig, title: str, data: Manifest, data_uri: str) -> str:
