@@ -6,6 +6,7 @@ This is the one place that touches the process's environment.
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import signal
@@ -44,6 +45,8 @@ QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",
     "TOKENIZERS_PARALLELISM": "false",
 }
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for a submitted job's driver: JSON of its settings."""
 PROJECT = Path(__file__).resolve().parents[1]
 LINE_EVERY_SECONDS = 15.0
 
@@ -53,7 +56,7 @@ def prepare() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for name in ("ray", "ray.train", "ray.data", "mlflow", "alembic", "deepspeed", "DeepSpeed"):
+    for name in ("ray", "ray.train", "ray.data", "mlflow", "alembic", "deepspeed", "DeepSpeed", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -120,12 +123,17 @@ def _passed_on() -> dict[str, str]:
 
 
 def code_version() -> dict[str, str]:
-    """Return the git commit of the code and whether it has changes, or nothing outside of a checkout."""
+    """Return the git commit of the code and whether it has changes; of a job submitted to Ray, its package's name.
+
+    Ray names the package of a submitted working directory by a digest of what is in it. Nothing is known elsewhere.
+    """
     try:
         commit = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        return {}
+        submitted = json.loads(os.environ.get(SUBMITTED_JOB, "{}"))
+        package = submitted.get("runtime_env", {}).get("working_dir", "")
+        return {"code_package": package} if package else {}
     return {"mlflow.source.git.commit": commit, "code_commit": commit, "code_has_changes": str(bool(changes)).lower()}
 
 

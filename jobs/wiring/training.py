@@ -21,12 +21,18 @@ from pipeline.store.schema import Split
 
 logger = logging.getLogger(__name__)
 TrainingConfig = TrainAutoencoderConfig | TrainLdmConfig
-CHECKPOINT_BYTES = 500_000_000
-"""Free disk asked for before a start; the real need grows with the network."""
+CHECKPOINT_BYTES_PER_WEIGHT = 16
+"""Weight, two moments of Adam and the average, each of four bytes."""
 
 
 def run_training(
-    config: TrainingConfig, worker: Callable[..., Outcome], *, title: str, data: Manifest, data_uri: str
+    config: TrainingConfig,
+    worker: Callable[..., Outcome],
+    *,
+    title: str,
+    num_parameters: int,
+    data: Manifest,
+    data_uri: str,
 ) -> Outcome:
     """Run a training to its end, or until it is asked to stop, and return its outcome.
 
@@ -37,7 +43,9 @@ def run_training(
     is_main = is_main_process()
     run_id = ""
     if is_main:
-        storage.check_writable(config.root, CHECKPOINT_BYTES)
+        # One more than stay: the next is written before the oldest goes.
+        num_checkpoints = config.loop.keep_checkpoints + 1
+        storage.check_writable(config.root, num_checkpoints * num_parameters * CHECKPOINT_BYTES_PER_WEIGHT)
         storage.check_writable(config.record)
         save_run_config(config, config.root)
         save_run_config(config, config.record)
