@@ -1,7 +1,6 @@
 """The whole pipeline on the embedded default: every job, one after the other, as a person would start them.
 
 python -m jobs.demo [--home DIR]       what is already there is not done again
-
 One local Ray serves all the jobs, as a cluster would; a job that is started by itself starts its own.
 """
 
@@ -50,25 +49,22 @@ def main() -> None:
     console = Console()
     seconds: dict[str, float] = {}
     is_done = all(storage.exists(f"{home}/{place}") for place in STAGES.values())
-    with nullcontext("") if is_done or os.environ.get("RAY_ADDRESS") else ray_session() as address:
-        if address:
-            os.environ["RAY_ADDRESS"] = address
+    with nullcontext("") if is_done else ray_session() as os.environ["RAY_ADDRESS"]:
         for number, job in enumerate(STAGES, start=1):
             console.rule(f"[bold]{number}/{len(STAGES)} jobs/{job}.py", align="left")
             started = time.monotonic()
-            code = run_job([f"jobs.{job}", "emoji", "--home", home], str(PROJECT))
-            seconds[job] = time.monotonic() - started
-            if code:
+            if code := run_job([f"jobs.{job}", "emoji", "--home", home], str(PROJECT)):
                 console.print(f"jobs/{job}.py ended with code {code}; the same command goes on from what is there")
                 sys.exit(code)
+            seconds[job] = time.monotonic() - started
     _report(console, home, seconds)
 
 
 def _report(console: Console, home: str, seconds: dict[str, float]) -> None:
     table = Table("stage", "rows", "seconds", "result", title="what was done", title_justify="left")
     for job, place in STAGES.items():
-        is_data = job in ("shard_dataset", "precompute_latents")
-        rows = sum(shard.num_rows for shard in load_manifest(f"{home}/{place}").shards) if is_data else 0
+        shards = load_manifest(f"{home}/{place}").shards if job in ("shard_dataset", "precompute_latents") else ()
+        rows = sum(shard.num_rows for shard in shards)
         table.add_row(job, f"{rows:,}" if rows else "", f"{seconds[job]:.0f}", f"{home}/{place}")
     table.add_row("all", "", f"{sum(seconds.values()):.0f}", home)
     console.print(table)
