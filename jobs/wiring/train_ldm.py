@@ -22,6 +22,7 @@ from ldm.text_to_image import (
     UNET_FOLDER,
     ModelCard,
     TextToImage,
+    keep_model,
     load_card,
     model_digest,
     save_card,
@@ -297,6 +298,7 @@ def _publish(config: TrainLdmConfig, manifest: Manifest, engine: Engine, samples
     weights = engine.weights()
     if not world.is_main:
         return
+    keep_model(config.model_folder)  # a registered version may point to it
     storage.remove_file(storage.join(config.model_folder, MODEL_FILE))
     save_unet(config.unet, weights, storage.join(config.model_folder, UNET_FOLDER))
     save_autoencoder(load_autoencoder(config.autoencoder), storage.join(config.model_folder, AUTOENCODER_FOLDER))
