@@ -26,6 +26,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 import yaml
 
+from jobs.session import SUBMITTED_JOB
 from ldm import storage
 from ldm.config import Config
 
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
-SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray for a submitted job's driver."""
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues)

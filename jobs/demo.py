@@ -1,12 +1,15 @@
 """The whole pipeline on the embedded default: every job, one after the other, as a person would start them.
 
 python -m jobs.demo [--home DIR]       what is already there is not done again
+One local Ray serves all the jobs, as a cluster would; a job that is started by itself starts its own.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.recipes.emoji import sample, train_ldm
-from jobs.session import PROJECT, prepare
+from jobs.session import PROJECT, prepare, ray_session
 from jobs.wiring.process import run_job
 from jobs.wiring.recording import run_of
+from ldm import storage
 from pipeline.store.manifest import load_manifest
 
 STAGES = {
@@ -44,22 +48,23 @@ def main() -> None:
     home = str(Path(tyro.cli(Demo).home).resolve())
     console = Console()
     seconds: dict[str, float] = {}
-    for number, job in enumerate(STAGES, start=1):
-        console.rule(f"[bold]{number}/{len(STAGES)} jobs/{job}.py", align="left")
-        started = time.monotonic()
-        code = run_job([f"jobs.{job}", "emoji", "--home", home], str(PROJECT))
-        seconds[job] = time.monotonic() - started
-        if code:
-            console.print(f"jobs/{job}.py ended with code {code}; the same command goes on from what is there")
-            sys.exit(code)
+    is_done = all(storage.exists(f"{home}/{place}") for place in STAGES.values())
+    with nullcontext("") if is_done else ray_session() as os.environ["RAY_ADDRESS"]:
+        for number, job in enumerate(STAGES, start=1):
+            console.rule(f"[bold]{number}/{len(STAGES)} jobs/{job}.py", align="left")
+            started = time.monotonic()
+            if code := run_job([f"jobs.{job}", "emoji", "--home", home], str(PROJECT)):
+                console.print(f"jobs/{job}.py ended with code {code}; the same command goes on from what is there")
+                sys.exit(code)
+            seconds[job] = time.monotonic() - started
     _report(console, home, seconds)
 
 
 def _report(console: Console, home: str, seconds: dict[str, float]) -> None:
     table = Table("stage", "rows", "seconds", "result", title="what was done", title_justify="left")
     for job, place in STAGES.items():
-        is_data = job in ("shard_dataset", "precompute_latents")
-        rows = sum(shard.num_rows for shard in load_manifest(f"{home}/{place}").shards) if is_data else 0
+        shards = load_manifest(f"{home}/{place}").shards if job in ("shard_dataset", "precompute_latents") else ()
+        rows = sum(shard.num_rows for shard in shards)
         table.add_row(job, f"{rows:,}" if rows else "", f"{seconds[job]:.0f}", f"{home}/{place}")
     table.add_row("all", "", f"{sum(seconds.values()):.0f}", home)
     console.print(table)

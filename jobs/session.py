@@ -6,6 +6,7 @@ This is the one place that touches the process's environment.
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import signal
@@ -44,6 +45,8 @@ QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",
     "TOKENIZERS_PARALLELISM": "false",
 }
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for a submitted job's driver: JSON of its settings."""
 PROJECT = Path(__file__).resolve().parents[1]
 LINE_EVERY_SECONDS = 15.0
 
@@ -53,7 +56,7 @@ def prepare() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for name in ("ray", "ray.train", "ray.data", "mlflow", "alembic", "deepspeed", "DeepSpeed"):
+    for name in ("ray", "ray.train", "ray.data", "mlflow", "alembic", "deepspeed", "DeepSpeed", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -72,27 +75,31 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Use the cluster that the job was submitted to, or a local Ray that ends with the block."""
+def ray_session() -> Iterator[str]:
+    """Use the cluster that the job was submitted to, or a local Ray that ends with the block; yields its address."""
     # Optional: a machine without Ray trains with --launch.where here.
     import ray
 
     if ray.is_initialized():
-        yield
+        yield ray.get_runtime_context().gcs_address
         return
     # A submitted job finds its cluster in RAY_ADDRESS; its workers get the same code by the job's working directory.
+    cluster = os.environ.get("RAY_ADDRESS", "")
     paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    for_workers = {**_passed_on(), "PYTHONPATH": os.pathsep.join(paths)}
+    if not cluster:
+        os.environ.update(for_workers)  # inherited; workers that wait in store can't take a job's own settings
     with _stderr_closed():
         ray.init(
-            address=os.environ.get("RAY_ADDRESS") or "local",
-            include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
+            address=cluster or "local",
+            include_dashboard=None if cluster else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=False,
-            runtime_env={"env_vars": {**_passed_on(), "PYTHONPATH": os.pathsep.join(paths)}},
+            runtime_env={"env_vars": for_workers} if cluster else None,
         )
     try:
-        yield
+        yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
 
@@ -116,12 +123,17 @@ def _passed_on() -> dict[str, str]:
 
 
 def code_version() -> dict[str, str]:
-    """Return the git commit of the code and whether it has changes, or nothing outside of a checkout."""
+    """Return the git commit of the code and whether it has changes; of a job submitted to Ray, its package's name.
+
+    Ray names the package of a submitted working directory by a digest of what is in it. Nothing is known elsewhere.
+    """
     try:
         commit = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        return {}
+        submitted = json.loads(os.environ.get(SUBMITTED_JOB, "{}"))
+        package = submitted.get("runtime_env", {}).get("working_dir", "")
+        return {"code_package": package} if package else {}
     return {"mlflow.source.git.commit": commit, "code_commit": commit, "code_has_changes": str(bool(changes)).lower()}
 
 
@@ -226,11 +238,9 @@ class TrainingBar:
         if not self._console.is_terminal and (is_last or time.monotonic() - self._last_line > LINE_EVERY_SECONDS):
             self._last_line = time.monotonic()
             left = (progress.total - progress.done) / rate if rate else 0.0
-            self._console.print(
-                f"{self._title}: {progress.done:,}/{progress.total:,} images, {rate:.1f} img/s, "
-                f"ETA {int(left) // 60}:{int(left) % 60:02d}, {values}",
-                highlight=False,
-            )
+            speed = f"{rate:.1f} img/s, ETA {int(left) // 60}:{int(left) % 60:02d}" if rate else ""
+            parts = (f"{progress.done:,}/{progress.total:,} images", speed, values)
+            self._console.print(f"{self._title}: {', '.join(filter(None, parts))}", highlight=False)
 
 
 def _short(metrics: dict[str, float]) -> str:

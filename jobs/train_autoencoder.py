@@ -15,6 +15,7 @@ from jobs.wiring.train_autoencoder import (
     checkpoint_store,
     describe,
     is_done,
+    num_parameters,
     train_autoencoder_worker,
 )
 from jobs.wiring.training import run_training
@@ -35,7 +36,12 @@ def main() -> None:
         print(f"autoencoder already there: {config.model_folder}")
         return
     outcome = run_training(
-        config, train_autoencoder_worker, title="autoencoder", data=manifest, data_uri=config.dataset
+        config,
+        train_autoencoder_worker,
+        title="autoencoder",
+        num_parameters=num_parameters(config),
+        data=manifest,
+        data_uri=config.dataset,
     )
     scores = "  ".join(
         f"{name.removeprefix('validation_')} {value:.3f}" for name, value in outcome["last_validation"].items()

@@ -12,7 +12,7 @@ from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import TRAIN_LDM
 from jobs.session import is_main_process, prepare
 from jobs.wiring.registering import register_model
-from jobs.wiring.train_ldm import check_inputs, checkpoint_store, describe, is_done, train_ldm_worker
+from jobs.wiring.train_ldm import check_inputs, checkpoint_store, describe, is_done, num_parameters, train_ldm_worker
 from jobs.wiring.training import run_training
 from ldm.training.world import World
 
@@ -30,7 +30,14 @@ def main() -> None:
     if is_done(config, manifest):
         print(f"model already there: {config.model_folder}")
     else:
-        outcome = run_training(config, train_ldm_worker, title="ldm", data=manifest, data_uri=config.latents)
+        outcome = run_training(
+            config,
+            train_ldm_worker,
+            title="ldm",
+            num_parameters=num_parameters(config),
+            data=manifest,
+            data_uri=config.latents,
+        )
         first, last = (outcome[name]["validation_loss"] for name in ("first_validation", "last_validation"))
         if is_main_process():
             print(

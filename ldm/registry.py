@@ -26,7 +26,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from ldm.samplers.sample import SamplerConfig
-from ldm.text_to_image import ModelCard, TextToImage, load_card, load_text_to_image, model_digest
+from ldm.text_to_image import ModelCard, TextToImage, find_model, load_card, load_text_to_image, model_digest
 
 POINTER = "pointer"
 CHAMPION = "champion"
@@ -65,11 +65,8 @@ class RegisteredTextToImage(PythonModel):
             ValueError: if what lies there is not what was registered, showing both digests.
         """
         pointer = json.loads(Path(context.artifacts[POINTER]).read_text())
-        found = model_digest(load_card(pointer["uri"]))
-        if found != pointer["digest"]:
-            raise ValueError(f"{pointer['uri']} was registered as model {pointer['digest']}, now there lies {found}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_text_to_image(pointer["uri"], device)
+        self._model = load_text_to_image(find_model(pointer["uri"], pointer["digest"]), device)
 
     # MLflow reads the annotations of this one as a schema and knows only a few types: the signature says it instead.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]

@@ -139,10 +139,21 @@ def check_writable(folder: str, needed_bytes: int = 0) -> None:
         system.rm(_located(probe)[1])
     except OSError as error:
         raise ValueError(f"cannot write into {folder}: {error}") from error
-    if isinstance(system, LocalFileSystem):
-        free = shutil.disk_usage(inner).free
-        if free < needed_bytes:
-            raise ValueError(f"{folder} needs about {needed_bytes / 1e9:.2f} GB free, its disk has {free / 1e9:.2f} GB")
+    free = free_bytes(folder)
+    if free is not None and free < needed_bytes:
+        raise ValueError(f"{folder} needs about {needed_bytes / 1e6:,.1f} MB free, its disk has {free / 1e6:,.1f} MB")
+
+
+def free_bytes(folder: str) -> int | None:
+    """Return what is free on the disk of a folder that is there; None where nobody can tell."""
+    system, inner = _located(folder)
+    return shutil.disk_usage(inner).free if isinstance(system, LocalFileSystem) else None
+
+
+def folder_bytes(folder: str) -> int:
+    """Return the bytes of all files below a folder together."""
+    system, inner = _located(folder)
+    return int(sum(system.sizes(system.find(inner))))
 
 
 def copy_file(source: str, target: str) -> None:

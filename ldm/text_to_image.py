@@ -33,6 +33,8 @@ from ldm.unet.model import UNet
 MODEL_FILE = "model.json"
 UNET_FOLDER = "unet"
 AUTOENCODER_FOLDER = "vae"
+KEPT_FOLDER = "models"
+"""Beside a model folder: models that it held before, by digest."""
 FORMAT = 1
 
 Pixels = UInt8[np.ndarray, "n y x 3"]
@@ -188,6 +190,34 @@ def pixels_of(images: Image) -> Pixels:
 def save_card(card: ModelCard, folder: str) -> None:
     """Publish the description of a model whose networks already lie in the folder."""
     storage.write_text(storage.join(folder, MODEL_FILE), json.dumps(card.to_dict(), indent=1))
+
+
+def keep_model(folder: str) -> None:
+    """Copy the model that is about to be replaced to `models/DIGEST` beside it, where `find_model` finds it."""
+    if not storage.exists(storage.join(folder, MODEL_FILE)):
+        return
+    kept = _kept(folder, model_digest(load_card(folder)))
+    if storage.exists(storage.join(kept, MODEL_FILE)):
+        return
+    for name in sorted(storage.list_files(folder), key=lambda name: name == MODEL_FILE):  # it makes the folder whole
+        storage.copy_file(storage.join(folder, name), storage.join(kept, name))
+
+
+def find_model(folder: str, digest: str) -> str:
+    """Return where the model of this digest lies: in the folder, or among those that it held before.
+
+    Raises:
+        ValueError: if it is in neither, showing what lies in the folder.
+    """
+    places = [place for place in (folder, _kept(folder, digest)) if storage.exists(storage.join(place, MODEL_FILE))]
+    found = {model_digest(load_card(place)): place for place in reversed(places)}
+    if digest not in found:
+        raise ValueError(f"{folder} was registered as model {digest}, now there lies {next(iter(found), 'none')}")
+    return found[digest]
+
+
+def _kept(folder: str, digest: str) -> str:
+    return storage.join(folder.rstrip("/").rpartition("/")[0], KEPT_FOLDER, digest[:16])
 
 
 def load_card(folder: str) -> ModelCard:

@@ -1,4 +1,4 @@
-"""Real servers for tests on loopback: S3 (SeaweedFS, from a package) and MLflow, their data in a folder of the test."""
+"""Real servers for tests on loopback: S3 (SeaweedFS, from a package), MLflow, and a Ray cluster that takes jobs."""
 
 from __future__ import annotations
 
@@ -142,6 +142,41 @@ def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
         yield server
     finally:
         server.kill()
+
+
+@contextmanager
+def ray_cluster(folder: Path) -> Iterator[str]:
+    """Run a Ray head with two CPUs and yield the address that jobs are submitted to."""
+    port, dashboard, clients, agent = _free_ports(4)
+    command = [*(_ray(), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats")]
+    command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--ray-client-server-port={clients}", f"--dashboard-agent-listen-port={agent}"]
+    # Jobs say `python`, which on a cluster's image is the one that has everything installed.
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    with (folder / "ray.log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env={**os.environ, "PATH": path, "HOME": str(folder), "RAY_AUTH_MODE": "disabled"},
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + 120
+        while not _answers(f"{address}/api/version"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError((folder / "ray.log").read_text()[-2000:])
+            time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _ray() -> str:
+    return str(Path(sysconfig.get_path("scripts")) / "ray")
 
 
 def _answers(url: str) -> bool:

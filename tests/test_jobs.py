@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from ldm.interop.weights import load_weights
+from tests.servers import ray_cluster
 
 HOUSE = Path(__file__).parents[1]
 # A dozen real jobs stand behind the first test of each fixture.
@@ -284,3 +285,54 @@ def test_training_runs_without_ray_under_torchrun(unbroken: tuple[Path, object],
     one, other = load_weights(str(home / "ldm/model" / name)), load_weights(str(tmp_path / "ldm/model" / name))
     for key, weight in one.items():
         torch.testing.assert_close(other[key], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A running Ray cluster, and the home folder of the user that it runs under."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with ray_cluster(folder) as address:
+        yield address, folder
+
+
+def submit(cluster: tuple[str, Path], job: str) -> str:
+    """Submit a job as the README does, wait for its end and return what it printed."""
+    address, _ = cluster
+    flags = SMALL[job].replace("--launch.where here", "").split()
+    words = [*("ray", "job", "submit", "--address", address, "--working-dir", ".", "--"), "python", f"jobs/{job}.py"]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    words[0] = str(Path(sys.executable).with_name("ray"))
+    done = subprocess.run(
+        [*words, "emoji", "--home", "submitted", *flags],
+        cwd=HOUSE,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_job_submitted_to_a_cluster_makes_the_same_bytes(
+    unbroken: tuple[Path, object], cluster: tuple[str, Path]
+) -> None:
+    output = submit(cluster, "shard_dataset")
+    home = cluster[1] / "submitted"
+    assert f"0 shards already there: {home}/dataset" in output
+    assert digests(home / "dataset") == digests(unbroken[0] / "dataset")
+
+
+@pytest.mark.slow
+def test_every_job_submitted_to_a_cluster_gives_what_it_gives_alone(
+    unbroken: tuple[Path, object], cluster: tuple[str, Path]
+) -> None:
+    for job in ORDER:
+        submit(cluster, job)
+    alone, submitted = unbroken[0], cluster[1] / "submitted"
+    assert digests(alone / "latents") == digests(submitted / "latents")
+    for weights in ("autoencoder/model", "ldm/model/unet"):
+        name = f"{weights}/diffusion_pytorch_model.safetensors"
+        one, other = load_weights(str(alone / name)), load_weights(str(submitted / name))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert (submitted / "samples").is_dir()

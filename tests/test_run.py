@@ -242,7 +242,7 @@ def test_worker_larger_than_the_cluster_is_refused_before_any_work(local_ray, im
 
 def test_run_without_enough_disk_is_refused(local_ray, images, tmp_path):
     plan = replace(plan_dataset(config_of(tmp_path, images)), num_bytes_estimate=10**18)
-    with pytest.raises(ValueError, match="needs about 1000000000.00 GB free"):
+    with pytest.raises(ValueError, match="needs about 1,000,000,000,000.0 MB free"):
         run(plan)
 
 

@@ -135,7 +135,7 @@ def test_a_file_in_the_way_of_the_folder_is_refused_by_name(tmp_path: Path) -> N
 
 
 def test_a_full_disk_is_refused_with_both_sizes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"needs about 1000000000\.00 GB free, its disk has \d+\.\d\d GB"):
+    with pytest.raises(ValueError, match=r"needs about 1,000,000,000,000\.0 MB free, its disk has [\d,]+\.\d MB"):
         storage.check_writable(str(tmp_path), needed_bytes=10**18)
 
 

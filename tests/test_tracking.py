@@ -28,7 +28,7 @@ from pipeline.store.manifest import load_manifest
 from tests.ranks import alone
 from tests.servers import mlflow_server
 from tests.tiny_latents import write_latents
-from tests.tiny_training import tiny_config
+from tests.tiny_training import longer, run, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,25 @@ def test_a_model_that_changed_behind_its_pointer_is_refused(trained: tuple[Train
     with pytest.raises(Exception, match="was registered as model"):
         mlflow.pyfunc.load_model(version.uri)
     card.write_text(kept)
+
+
+def test_a_version_still_draws_its_own_pixels_after_a_longer_training(tmp_path: Path, uri: str) -> None:
+    write_latents(tmp_path)
+    config = replace(
+        tiny_config(tmp_path, "longer", total_samples=16), tracking=TrackingConfig(uri=uri, model_name="longer")
+    )
+    mlflow.set_tracking_uri(uri)
+    drawn = []
+    for total_samples in (16, 32):
+        config = longer(config, total_samples)
+        open_run(config.tracking, config.record, "longer", {}, {})
+        run(config)
+        version = register_model(config)
+        assert version is not None
+        drawn.append(mlflow.pyfunc.load_model(version.uri).predict(["a red heart"], params={"num_steps": 2}))
+    again = mlflow.pyfunc.load_model("models:/longer/1").predict(["a red heart"], params={"num_steps": 2})
+    assert (again == drawn[0]).all()
+    assert (drawn[0] != drawn[1]).any()
 
 
 def test_a_dead_server_costs_nothing_and_its_record_is_replayed_into_a_live_one(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,34 @@ def series(folder: Path, name: str, metric: str) -> dict[int, float]:
 def same_weights(folder: Path, left: str, right: str) -> bool:
     one, other = (load_weights(str(folder / name / WEIGHTS)) for name in (left, right))
     return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 40 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_bit_for_bit_when_there_is_room(
+    folder: Path, unbroken: Outcome, small_disk: Path
+) -> None:
+    config = replace(tiny_config(folder, "unbroken"), root=str(small_disk / "run"), record=str(small_disk / "record"))
+    stopping_after(config, 3)
+    with (small_disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+        while True:
+            filler.write(bytes(100_000))
+    with pytest.raises(ValueError, match=r"has no room for another checkpoint .* goes on from sample 24"):
+        run(config)
+    (small_disk / "filler").unlink()
+    run(config)
+    one, other = (load_weights(str(root / WEIGHTS)) for root in (folder / "unbroken", small_disk / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 7])

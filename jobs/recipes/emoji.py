@@ -70,14 +70,14 @@ def train_autoencoder(home: str) -> TrainAutoencoderConfig:
             perceptual_weight=0.15,
             perceptual_rows=2,
             adversarial_weight=0.05,
-            adversarial_start=8_640,
+            adversarial_start=7_920,
             discriminator_channels=24,
             discriminator_layers=2,
         ),
         optim=OptimConfig(lr=2e-3, beta1=0.5, beta2=0.9, weight_decay=0.0, warmup_samples=500, decay=Decay.COSINE),
         ema=EmaConfig(half_life_samples=20_000),
         loop=LoopConfig(
-            total_samples=9_600, log_every=320, validate_every=2_400, picture_every=4_800, checkpoint_every=1_200
+            total_samples=8_800, log_every=320, validate_every=2_400, picture_every=4_800, checkpoint_every=1_600
         ),
         launch=LaunchConfig(num_workers=2, cpus_per_worker=1),
         tracking=_tracking(home),
@@ -110,7 +110,7 @@ def train_ldm(home: str) -> TrainLdmConfig:
         ema=EmaConfig(half_life_samples=20_000),
         engine=EngineConfig(kind=EngineKind.DEEPSPEED),
         loop=LoopConfig(
-            total_samples=15_360, log_every=640, validate_every=3_840, picture_every=7_680, checkpoint_every=2_560
+            total_samples=12_800, log_every=640, validate_every=3_200, picture_every=6_400, checkpoint_every=2_560
         ),
         launch=LaunchConfig(num_workers=2, cpus_per_worker=1),
         preview=PreviewConfig(prompts=PROMPTS, sampler=SAMPLER),

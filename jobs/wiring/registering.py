@@ -12,8 +12,7 @@ from ldm import storage
 from ldm.text_to_image import load_card, model_digest
 
 if TYPE_CHECKING:
-    with without_warnings():  # MLflow's advice on annotations
-        from ldm.registry import RegisteredModel
+    from ldm.registry import RegisteredModel
 
 REGISTERED_FILE = "registered.json"
 
@@ -27,7 +26,8 @@ def register_model(config: TrainLdmConfig) -> RegisteredModel | None:
         print(f"not registered: start the same command again when MLflow at {config.tracking.uri} answers")
         return None
     # Optional: a machine without MLflow trains with --tracking.uri "".
-    from ldm.registry import RegisteredModel, RegistryError, register
+    with without_warnings():  # MLflow's advice on annotations
+        from ldm.registry import RegisteredModel, RegistryError, register
 
     known = registered_model(config.root, model_digest(load_card(config.model_folder)), config.tracking.uri)
     if known:

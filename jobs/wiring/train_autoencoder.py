@@ -174,16 +174,20 @@ def is_done(config: TrainAutoencoderConfig, manifest: Manifest) -> bool:
     return bool(report["dataset"] == manifest.digest and report["samples_seen"] >= config.loop.total_samples)
 
 
+def num_parameters(config: TrainAutoencoderConfig) -> int:
+    """Return how many weights the autoencoder has."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in Autoencoder(config.autoencoder).parameters())
+
+
 def describe(config: TrainAutoencoderConfig, manifest: Manifest) -> str:
     """Return what a run would do: rows, batches, workers, parameters."""
-    with torch.device("meta"):
-        num_parameters = sum(weight.numel() for weight in Autoencoder(config.autoencoder).parameters())
     num_rows, workers = manifest.num_rows(Split.TRAIN), config.launch.num_workers
     steps = -(-config.loop.total_samples // config.batch_size)
     return "\n".join(
         [
             f"train     {num_rows:,} images of {config.dataset}, {manifest.num_rows(Split.VALIDATION):,} held out",
-            f"network   {num_parameters / 1e6:,.2f} M parameters, factor {config.autoencoder.factor}",
+            f"network   {num_parameters(config) / 1e6:,.2f} M parameters, factor {config.autoencoder.factor}",
             f"batch     {config.batch_size} = {workers} workers x {config.batch_size // workers} rows",
             f"length    {config.loop.total_samples:,} samples = {steps:,} steps = "
             f"{config.loop.total_samples / max(1, num_rows):.1f} epochs",

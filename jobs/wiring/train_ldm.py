@@ -22,6 +22,7 @@ from ldm.text_to_image import (
     UNET_FOLDER,
     ModelCard,
     TextToImage,
+    keep_model,
     load_card,
     model_digest,
     save_card,
@@ -215,10 +216,14 @@ def is_done(config: TrainLdmConfig, manifest: Manifest) -> bool:
     return is_same and int(lineage.get("samples_seen", 0)) >= config.loop.total_samples
 
 
+def num_parameters(config: TrainLdmConfig) -> int:
+    """Return how many weights are trained."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in UNet(config.unet).parameters())
+
+
 def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
     """Return what a run would do: rows, batches, workers, parameters."""
-    with torch.device("meta"):
-        num_parameters = sum(weight.numel() for weight in UNet(config.unet).parameters())
     num_rows, workers = manifest.num_rows(Split.TRAIN), config.launch.num_workers
     rows = config.batch_size // workers
     micro = config.engine.micro_batches(rows)
@@ -227,7 +232,7 @@ def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
         [
             f"train     {num_rows:,} rows of {config.latents} ({len(manifest.shards_of(Split.TRAIN))} shards), "
             f"{manifest.num_rows(Split.VALIDATION):,} held out",
-            f"network   {num_parameters / 1e6:,.1f} M parameters, {config.engine.precision}",
+            f"network   {num_parameters(config) / 1e6:,.1f} M parameters, {config.engine.precision}",
             f"batch     {config.batch_size} = {workers} workers x {len(micro)} micro-batches x {micro[0][1]} rows",
             f"length    {config.loop.total_samples:,} samples = {steps:,} steps = "
             f"{config.loop.total_samples / max(1, num_rows):.1f} epochs",
@@ -293,6 +298,7 @@ def _publish(config: TrainLdmConfig, manifest: Manifest, engine: Engine, samples
     weights = engine.weights()
     if not world.is_main:
         return
+    keep_model(config.model_folder)  # a registered version may point to it
     storage.remove_file(storage.join(config.model_folder, MODEL_FILE))
     save_unet(config.unet, weights, storage.join(config.model_folder, UNET_FOLDER))
     save_autoencoder(load_autoencoder(config.autoencoder), storage.join(config.model_folder, AUTOENCODER_FOLDER))

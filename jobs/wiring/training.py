@@ -14,18 +14,25 @@ from jobs.wiring.train_ldm import TrainLdmConfig
 from ldm import storage
 from ldm.config import Config
 from ldm.training.local_launch import LaunchConfig, Outcome, Where, ignore, run_here
+from ldm.training.loop import Progress
 from ldm.training.record import MirrorError
 from pipeline.store.manifest import Manifest
 from pipeline.store.schema import Split
 
 logger = logging.getLogger(__name__)
 TrainingConfig = TrainAutoencoderConfig | TrainLdmConfig
-CHECKPOINT_BYTES = 500_000_000
-"""Free disk asked for before a start; the real need grows with the network."""
+CHECKPOINT_BYTES_PER_WEIGHT = 16
+"""Weight, two moments of Adam and the average, each of four bytes."""
 
 
 def run_training(
-    config: TrainingConfig, worker: Callable[..., Outcome], *, title: str, data: Manifest, data_uri: str
+    config: TrainingConfig,
+    worker: Callable[..., Outcome],
+    *,
+    title: str,
+    num_parameters: int,
+    data: Manifest,
+    data_uri: str,
 ) -> Outcome:
     """Run a training to its end, or until it is asked to stop, and return its outcome.
 
@@ -36,7 +43,9 @@ def run_training(
     is_main = is_main_process()
     run_id = ""
     if is_main:
-        storage.check_writable(config.root, CHECKPOINT_BYTES)
+        # One more than stay: the next is written before the oldest goes.
+        num_checkpoints = config.loop.keep_checkpoints + 1
+        storage.check_writable(config.root, num_checkpoints * num_parameters * CHECKPOINT_BYTES_PER_WEIGHT)
         storage.check_writable(config.record)
         save_run_config(config, config.root)
         save_run_config(config, config.record)
@@ -58,16 +67,42 @@ def run_training(
 
 
 def launch(worker: Callable[..., Outcome], config: Config, where: LaunchConfig, title: str) -> Outcome:
-    """Run a worker where its configuration says, with a progress bar, and return its outcome."""
+    """Run a training's worker where its configuration says, with a progress bar, and return its outcome."""
+
+    def on_ray(bar: Callable[[Progress], None]) -> Outcome:
+        # Optional: a machine without Ray trains with --launch.where here.
+        from ldm.training.launch import run_on_ray
+
+        return run_on_ray(worker, config, where, title, bar)
+
+    return _launched(worker, config, where, title, on_ray)
+
+
+def launch_alone(worker: Callable[..., Outcome], config: Config, where: LaunchConfig, title: str) -> Outcome:
+    """Run a worker that works alone (an evaluation, a drawing) where its configuration says; as `launch`."""
+
+    def on_ray(bar: Callable[[Progress], None]) -> Outcome:
+        # Optional: a machine without Ray works with --launch.where here.
+        from ldm.training.launch import run_alone_on_ray
+
+        return run_alone_on_ray(worker, config, where, bar)
+
+    return _launched(worker, config, where, title, on_ray)
+
+
+def _launched(
+    worker: Callable[..., Outcome],
+    config: Config,
+    where: LaunchConfig,
+    title: str,
+    on_ray: Callable[[Callable[[Progress], None]], Outcome],
+) -> Outcome:
     with TrainingBar(title) if is_main_process() else nullcontext(ignore) as bar:
         if where.where is Where.HERE:
             with stop_request() as should_stop:
                 return run_here(worker, config, bar, should_stop)
-        # Optional: a machine without Ray trains with --launch.where here.
-        from ldm.training.launch import run_on_ray
-
         with ray_session():
-            return run_on_ray(worker, config, where, title, bar)
+            return on_ray(bar)
 
 
 def _open_run(config: TrainingConfig, title: str, data: Manifest, data_uri: str) -> str:

@@ -48,6 +48,7 @@ class CheckpointStore:
         name = f"{state.samples_seen:012d}"
         if self._world.any(name == self._latest_saved):
             return  # a stop that falls on a checkpoint: the same state is there
+        self._refuse_full_disk()
         with self._writing(name) as folder:
             for part, engine in engines.items():
                 engine.save(folder / part)
@@ -63,6 +64,17 @@ class CheckpointStore:
             self._forget_old()
         self._latest_saved = name
         self._world.barrier()
+
+    def _refuse_full_disk(self) -> None:
+        """Say what to do while the last checkpoint is still whole; the next one is as large as it was."""
+        last = self.names()[-1:]
+        free = storage.free_bytes(self.root) if last and self._world.is_main else None
+        needed = storage.folder_bytes(storage.join(self.root, last[0])) if free is not None else 0
+        if self._world.any(free is not None and free < needed):
+            raise ValueError(
+                f"{self.root} has no room for another checkpoint ({needed / 1e6:,.1f} MB): make room and start the "
+                f"same command again; it goes on from sample {int(last[0]):,}"
+            )
 
     def restore(self, engines: Mapping[str, Engine]) -> TrainState | None:
         """Load the latest whole checkpoint into the engines; None if there is none.

@@ -1,4 +1,4 @@
-"""THE Ray Train file: the worker function of a training on Ray's workers.
+"""THE Ray Train file: the worker function of a training on Ray's workers, or of one that works alone as a plain task.
 
 A board (an actor without CPU) carries progress to the driver and the wish to stop to the workers. Ray Train starts the
 workers again when one dies, and each goes on from the latest checkpoint.
@@ -61,7 +61,7 @@ class Board:
 def run_on_ray(
     worker: Worker, config: Any, launch: LaunchConfig, name: str, watch: Callable[[Progress], None]
 ) -> Outcome:
-    """Run the worker on Ray's workers and return the main one's outcome. Ray must be initialised.
+    """Run the worker on Ray Train's workers and return the main one's outcome. Ray must be initialised.
 
     A KeyboardInterrupt asks the workers to save and stop, waits for them, and is raised again; a second one gives up.
 
@@ -82,18 +82,37 @@ def run_on_ray(
         ),
         run_config=RunConfig(name=name, failure_config=FailureConfig(max_failures=launch.max_failures)),
     )
+    return _watched(trainer.fit, board, watch)
+
+
+def run_alone_on_ray(worker: Worker, config: Any, launch: LaunchConfig, watch: Callable[[Progress], None]) -> Outcome:
+    """Run a worker that works alone as one task of Ray's; started in half the time that a group of workers takes.
+
+    Ray starts it again when its process dies, not when it raises. Interrupts and errors are those of `run_on_ray`.
+    """
+    if launch.num_workers != 1:
+        raise ValueError(f"this job works alone: launch.num_workers must be 1, got {launch.num_workers}")
+    _check_resources(launch)
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    task = ray.remote(num_cpus=launch.cpus_per_worker, num_gpus=launch.gpus_per_worker, max_retries=launch.max_failures)
+    begun = task(_work_alone).remote({"worker": worker, "config": config, "board": board, "launch": launch})
+    return _watched(lambda: ray.get(begun), board, watch)
+
+
+def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], None]) -> Outcome:
+    """Wait for what was started while showing its news; return the outcome that it left on the board."""
     failures: list[BaseException] = []
     # Not in the main thread: there Ray Train takes over SIGINT and aborts the workers, who then can't save.
-    fitting = threading.Thread(target=_fit, args=(trainer, failures), daemon=True)
-    fitting.start()
+    waiting = threading.Thread(target=_wait, args=(finish, failures), daemon=True)
+    waiting.start()
     try:
-        _watch_until_done(fitting, board, watch)
+        _watch_until_done(waiting, board, watch)
     except KeyboardInterrupt:
         watch(
             Progress(done=0, total=0, notice="stopping: the workers finish their step and save (again Ctrl-C gives up)")
         )
         ray.get(board.ask_to_stop.remote())
-        _watch_until_done(fitting, board, watch)
+        _watch_until_done(waiting, board, watch)
         raise
     if failures:
         raise _readable(failures[0]) from failures[0]
@@ -103,12 +122,22 @@ def run_on_ray(
 
 def _work(payload: Mapping[str, Any]) -> None:
     """Run the worker inside a process of Ray Train's."""
+    context = get_context()
+    world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=torch.device(get_device()))
+    _run_in(world, payload)
+
+
+def _work_alone(payload: Mapping[str, Any]) -> None:
+    """Run the worker inside a task, on the GPU that Ray shows it if it asked for one."""
+    name = "cuda" if payload["launch"].gpus_per_worker else "cpu"
+    _run_in(World(rank=0, size=1, device=torch.device(name)), payload)
+
+
+def _run_in(world: World, payload: Mapping[str, Any]) -> None:
     launch: LaunchConfig = payload["launch"]
     board = payload["board"]
-    context = get_context()
     if not launch.gpus_per_worker:
         torch.set_num_threads(max(1, int(launch.cpus_per_worker)))
-    world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=torch.device(get_device()))
     report: Callable[[Progress], None] = (lambda progress: board.put.remote(progress)) if world.is_main else ignore
     outcome = payload["worker"](payload["config"], world, report, _StopPoll(board, world))
     if world.is_main:
@@ -130,18 +159,18 @@ class _StopPoll:
         return bool(ray.get(self._board.is_stopping.remote()))
 
 
-def _fit(trainer: TorchTrainer, failures: list[BaseException]) -> None:
+def _wait(finish: Callable[[], Any], failures: list[BaseException]) -> None:
     try:
-        trainer.fit()
+        finish()
     except Exception as error:  # noqa: BLE001 - handed to the main thread, which raises it
         failures.append(error)
 
 
-def _watch_until_done(fitting: threading.Thread, board: Any, watch: Callable[[Progress], None]) -> None:
+def _watch_until_done(waiting: threading.Thread, board: Any, watch: Callable[[Progress], None]) -> None:
     is_alive = True
     while is_alive:
-        fitting.join(POLL_SECONDS)
-        is_alive = fitting.is_alive()
+        waiting.join(POLL_SECONDS)
+        is_alive = waiting.is_alive()
         for progress in ray.get(board.take.remote()):
             watch(progress)
 
@@ -166,9 +195,8 @@ def _resources(launch: LaunchConfig) -> dict[str, float]:
 
 def _readable(failure: BaseException) -> Exception:
     """Return the worker's own ValueError where there is one: it is for the person, not for a traceback."""
-    for cause in getattr(failure, "worker_failures", {}).values():
-        inner = getattr(cause, "_base_exc", getattr(cause, "cause", cause))
-        if isinstance(inner, ValueError):
-            return ValueError(str(inner))
-        return RuntimeError(f"training failed: {inner!r}"[:2000])
-    return RuntimeError(f"training failed: {failure!r}"[:2000])
+    causes = list(getattr(failure, "worker_failures", {}).values()) or [failure]
+    inner = getattr(causes[0], "_base_exc", getattr(causes[0], "cause", None)) or causes[0]
+    if isinstance(inner, ValueError):
+        return ValueError(str(inner))
+    return RuntimeError(f"the worker failed: {inner!r}"[:2000])

@@ -29,6 +29,8 @@ from ldm.training.tracking_config import TrackingConfig
 logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 MAX_PARAM_CHARS = 6_000
+EXPERIMENT_KIND, MODEL_DEVELOPMENT = "mlflow.experimentKind", "custom_model_development"
+"""Which of its two pages MLflow shows for an experiment: this one has curves and models, the other prompts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +182,9 @@ def _ensure_run(config: TrackingConfig, about: Mapping[str, Any]) -> tuple[str, 
     experiment_id = (
         experiment.experiment_id
         if experiment is not None
-        else client.create_experiment(config.experiment, artifact_location=_artifact_home(config))
+        else client.create_experiment(
+            config.experiment, artifact_location=_artifact_home(config), tags={EXPERIMENT_KIND: MODEL_DEVELOPMENT}
+        )
     )
     run = client.create_run(experiment_id, run_name=about["name"], tags=dict(about["tags"]))
     params = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in about["params"].items()]
