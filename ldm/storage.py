@@ -36,13 +36,13 @@ def join(root: str, *parts: str) -> str:
 
 def exists(path: str) -> bool:
     """Say whether a file or folder is there."""
-    system, inner = _located(path)
+    system, inner = located(path)
     return bool(system.exists(inner))
 
 
 def is_local(path: str) -> bool:
     """Say whether `path` lies on this machine's own file system."""
-    return isinstance(_located(path)[0], LocalFileSystem)
+    return isinstance(located(path)[0], LocalFileSystem)
 
 
 def read_bytes(path: str) -> bytes:
@@ -56,6 +56,14 @@ def read_bytes(path: str) -> bytes:
     return content
 
 
+def read_range(path: str, start: int, stop: int) -> bytes:
+    """Return the bytes [start, stop) of a file."""
+    with _opened(path) as file:
+        file.seek(start)
+        content: bytes = file.read(stop - start)
+    return content
+
+
 def read_text(path: str) -> str:
     """Return the whole content of a UTF-8 file."""
     return read_bytes(path).decode()
@@ -63,7 +71,7 @@ def read_text(path: str) -> str:
 
 def list_names(folder: str) -> list[str]:
     """Return the sorted names inside a folder; an absent folder is empty."""
-    system, inner = _located(folder)
+    system, inner = located(folder)
     if not system.exists(inner):
         return []
     # A store may list the folder's own marker, `folder/`, beside what lies in it.
@@ -85,7 +93,7 @@ def write_text(path: str, content: str) -> None:
 @contextmanager
 def open_atomic(path: str) -> Iterator[IO[bytes]]:
     """Yield a binary file that takes the name `path` only when the block ends without an error."""
-    system, inner = _located(path)
+    system, inner = located(path)
     if not isinstance(system, LocalFileSystem):
         # An upload stream that is closed by an error would publish what it had; a whole local file can't.
         with tempfile.NamedTemporaryFile() as spool:
@@ -108,7 +116,7 @@ def open_atomic(path: str) -> Iterator[IO[bytes]]:
 
 def remove_partials(folder: str) -> int:
     """Delete what interrupted writers left in a local folder; return how many files that were."""
-    system, inner = _located(folder)
+    system, inner = located(folder)
     if not isinstance(system, LocalFileSystem) or not Path(inner).is_dir():
         return 0
     leftovers = [path for path in Path(inner).rglob(".*.partial") if path.is_file()]
@@ -132,11 +140,11 @@ def check_writable(folder: str, needed_bytes: int = 0) -> None:
     Raises:
         ValueError: if the folder cannot be written, or its disk has less than `needed_bytes` free.
     """
-    system, inner = _located(folder)
+    system, inner = located(folder)
     try:
         probe = join(folder, f".probe-{uuid.uuid4().hex[:8]}")
         write_bytes(probe, b"probe")
-        system.rm(_located(probe)[1])
+        system.rm(located(probe)[1])
     except OSError as error:
         raise ValueError(f"cannot write into {folder}: {error}") from error
     free = free_bytes(folder)
@@ -146,13 +154,13 @@ def check_writable(folder: str, needed_bytes: int = 0) -> None:
 
 def free_bytes(folder: str) -> int | None:
     """Return what is free on the disk of a folder that is there; None where nobody can tell."""
-    system, inner = _located(folder)
+    system, inner = located(folder)
     return shutil.disk_usage(inner).free if isinstance(system, LocalFileSystem) else None
 
 
 def folder_bytes(folder: str) -> int:
     """Return the bytes of all files below a folder together."""
-    system, inner = _located(folder)
+    system, inner = located(folder)
     return int(sum(system.sizes(system.find(inner))))
 
 
@@ -164,7 +172,7 @@ def copy_file(source: str, target: str) -> None:
 
 def list_files(folder: str) -> list[str]:
     """Return the sorted paths of all files below a folder, relative to it."""
-    system, inner = _located(folder)
+    system, inner = located(folder)
     if not system.exists(inner):
         return []
     prefix = inner.rstrip("/") + "/"
@@ -179,18 +187,19 @@ def download_folder(source: str, target: str) -> None:
 
 def remove_file(path: str) -> None:
     """Delete a file if it is there."""
-    system, inner = _located(path)
+    system, inner = located(path)
     if system.exists(inner):
         system.rm(inner)
 
 
 def remove_folder(path: str) -> None:
     """Delete a folder and what lies in it."""
-    system, inner = _located(path)
+    system, inner = located(path)
     system.rm(inner, recursive=True)
 
 
-def _located(path: str) -> tuple[AbstractFileSystem, str]:
+def located(path: str) -> tuple[AbstractFileSystem, str]:
+    """Return the file system that a path lies on, and its name there; listings are not remembered."""
     system, inner = url_to_fs(path, **_options(path))
     return system, inner
 

@@ -25,7 +25,7 @@ HOUSE = Path(__file__).parents[1]
 # A dozen real jobs stand behind the first test of each fixture.
 pytestmark = pytest.mark.timeout(1800)
 SMALL = {
-    "shard_dataset": "--image-size 32 --source.max-labels 160 --source.rows-per-shard 40",
+    "shard_dataset": "--picture.image-size 32 --source.max-labels 160 --source.rows-per-shard 40",
     "train_autoencoder": (
         "--loop.total-samples 256 --loop.checkpoint-every 32 --loop.validate-every 0 --loop.log-every 64 "
         "--loss.adversarial-start 64 --autoencoder.base-channels 8 --optim.warmup-samples 0 --batch-size 16"
@@ -251,7 +251,7 @@ def refused(job: str, home: Path, *flags: str) -> str:
 
 def test_a_folder_that_holds_another_dataset_is_refused(unbroken: tuple[Path, object]) -> None:
     home, _ = unbroken
-    assert "image_size" in refused("shard_dataset", home, "--image-size", "48")
+    assert "image_size" in refused("shard_dataset", home, "--picture.image-size", "48")
 
 
 def test_another_configuration_on_the_same_folder_is_refused(unbroken: tuple[Path, object]) -> None:

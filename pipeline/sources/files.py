@@ -56,8 +56,8 @@ class Place:
     def located(self) -> tuple[Any, str]:
         """Return the file system and the path in it."""
         if not self.folder or "://" in self.name:
-            return storage._located(self.name)
-        system, inner = storage._located(self.folder)
+            return storage.located(self.name)
+        system, inner = storage.located(self.folder)
         return system, f"{inner.rstrip('/')}/{self.name}"
 
 
@@ -102,7 +102,7 @@ def list_folder(folder: str) -> list[FoundFile]:
 
     Links to files count as files, links to folders are not followed, and pipes and devices are left out.
     """
-    system, inner = storage._located(folder)
+    system, inner = storage.located(folder)
     if storage.is_local(folder):
         return sorted(_walk(Path(inner)), key=lambda file: file.name)
     if not system.exists(inner):
@@ -182,7 +182,7 @@ class WatchedFile(io.RawIOBase):
 
 def read_range(path: str, start: int, stop: int) -> bytes:
     """Return bytes [start, stop) of a file by one request."""
-    system, inner = storage._located(path)
+    system, inner = storage.located(path)
     content: bytes = system.cat_file(inner, start=start, end=stop)
     return content
 

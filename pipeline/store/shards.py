@@ -20,7 +20,7 @@ import safetensors.numpy
 import webdataset
 from numpy.typing import NDArray
 
-from ldm.storage import is_local, open_atomic, read_bytes, write_bytes
+from ldm.storage import is_local, open_atomic, read_bytes, read_range, write_bytes
 from pipeline.store.manifest import FileRecord, shard_path
 from pipeline.store.schema import Row, Split
 
@@ -127,9 +127,7 @@ def read_rows(path: str) -> Iterator[Row]:
 def read_row(path: str, index: ShardIndex, row: int) -> Row:
     """Return one row of a tar by seeking to it."""
     start, stop = int(index.offsets[row, 0]), int(index.offsets[row, -1] + index.sizes[row, -1])
-    with _open(path) as file:
-        file.seek(start)
-        content = file.read(stop - start)
+    content = read_range(path, start, stop)
     places = zip(index.suffixes, index.offsets[row] - start, index.sizes[row], strict=True)
     members = {suffix: content[offset : offset + size] for suffix, offset, size in places}
     return {"__key__": index.keys[row], **members}

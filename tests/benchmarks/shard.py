@@ -74,13 +74,13 @@ class ShardBenchmark(Config):
     """The python that img2dataset is installed for."""
     rounds: int = 3
     """Turns of each side, after one that is not counted."""
-    rows: int = 960
+    rows: int = 768
     """Rows of one turn."""
     class_rows: int = 192
     """Rows of one turn with pictures of one size; 0 for no such turns."""
     photos_each: int = 8
     """Different pictures of each size."""
-    peer_threads: int = 32
+    peer_threads: int = 16
     """Threads of each process of img2dataset."""
     folder: str = ""
     """Photographs (*.jpg, at any depth) to crop instead of made pictures."""
@@ -117,7 +117,7 @@ def main() -> None:
     settings = tyro.cli(ShardBenchmark, description=__doc__)
     sizes: Sequence[float] = MEGAPIXELS
     if settings.quick:
-        settings, sizes = replace(settings, rounds=1, rows=96, class_rows=0, photos_each=4), MEGAPIXELS[:3]
+        settings, sizes = replace(settings, rounds=1, rows=96, class_rows=0, photos_each=2), MEGAPIXELS[:3]
     peer_versions = _peer_versions(settings.peer_python)
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="shard-benchmark-") as folder:
