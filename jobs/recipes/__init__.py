@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jobs.recipes import emoji, laion, reshard
+from jobs.recipes import emoji, folder, laion, reshard
 from jobs.wiring.evaluate import EvaluateConfig
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.shard_dataset import ShardDatasetConfig
@@ -17,26 +17,32 @@ from pipeline.encode import LatentsConfig
 
 SHARD_DATASET: dict[str, Callable[[str], ShardDatasetConfig]] = {
     "emoji": emoji.shard_dataset,
+    "folder": folder.shard_dataset,
     "laion": laion.shard_dataset,
     "reshard": reshard.shard_dataset,
 }
 TRAIN_AUTOENCODER: dict[str, Callable[[str], TrainAutoencoderConfig]] = {
     "emoji": emoji.train_autoencoder,
+    "folder": folder.train_autoencoder,
     "laion": laion.train_autoencoder,
 }
 PRECOMPUTE_LATENTS: dict[str, Callable[[str], LatentsConfig]] = {
     "emoji": emoji.precompute_latents,
+    "folder": folder.precompute_latents,
     "laion": laion.precompute_latents,
 }
 TRAIN_LDM: dict[str, Callable[[str], TrainLdmConfig]] = {
     "emoji": emoji.train_ldm,
+    "folder": folder.train_ldm,
     "laion": laion.train_ldm,
 }
 EVALUATE: dict[str, Callable[[str], EvaluateConfig]] = {
     "emoji": emoji.evaluate,
+    "folder": folder.evaluate,
     "laion": laion.evaluate,
 }
 SAMPLE: dict[str, Callable[[str], SampleConfig]] = {
     "emoji": emoji.sample,
+    "folder": folder.sample,
     "laion": laion.sample,
 }

@@ -317,12 +317,18 @@ def _print(record: dict[str, Any]) -> None:
     for side, turns in record["images_a_second"].items():
         columns = [_spread([turn[what] for turn in turns]) for what in ("steady", "whole")]
         print(f"{side:14}{columns[0]}{'':17}{columns[1] if side != 'bare' else ''}")
-    print(f"ratio {record['ratio']:.2f} steady, {record['whole_ratio']:.2f} whole command with Ray's start\n")
+    rows = record["settings"]["rows"]
+    spent = {
+        side: statistics.median(rows / turn["whole"] - rows / turn["steady"] for turn in turns)
+        for side, turns in record["images_a_second"].items()
+    }
+    print(f"ratio {record['ratio']:.2f} steady; {record['whole_ratio']:.2f} whole command of {rows} rows, of which")
+    print(f"start and end take ours {spent['ours']:.1f} s, img2dataset {spent['img2dataset']:.1f} s\n")
     for size, rates in record["megapixels"].items():
         ours, theirs = rates["ours"], rates["img2dataset"]
         print(f"{size:>4} MP: ours {ours:7.1f}, img2dataset {theirs:7.1f} images/s, x{ours / theirs:.2f}")
     stages = record["milliseconds"]
-    print(f"\nms of CPU an image, ours{''.join(f'{stage:>9}' for stage in next(iter(stages.values())))}")
+    print(f"\nms of CPU an image, ours{''.join(f'{stage:>9}' for stage in stages['mixed'])}")
     for size, spent in stages.items():
         print(f"{size:>24}" + "".join(f"{value:9.2f}" for value in spent.values()))
 
