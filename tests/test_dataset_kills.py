@@ -28,7 +28,7 @@ DRIVER = """
 import sys, ray
 from pipeline.ingest.config import DatasetConfig
 from pipeline.ingest.dataset import make_dataset
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 make_dataset(DatasetConfig.from_yaml(open(sys.argv[1]).read()))
 """
 VICTIMS = ("driver", "worker", "raylet")

@@ -38,7 +38,7 @@ ROWS_PER_SHARD = 3
 
 @pytest.fixture(scope="module")
 def local_ray():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -136,7 +136,7 @@ import sys, ray
 from pipeline.ingest.config import DatasetConfig
 from pipeline.ingest.dataset import plan_dataset
 from pipeline.run import run
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 run(plan_dataset(DatasetConfig.from_yaml(open(sys.argv[1]).read())))
 """
 

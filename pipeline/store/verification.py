@@ -104,10 +104,9 @@ def repeated_keys(root: str, shards: Sequence[ShardRecord]) -> list[str]:
 def _keys_of_pass(root: str, shard: ShardRecord, turn: int, num_passes: int) -> np.ndarray:
     path = shard_path(root, shard.split, shard.name, "index")
     try:
-        keys = read_index(path).keys
-    except Exception:  # noqa: BLE001 - `shard_problems` names an index that can't be read
+        content = b"".join(bytes.fromhex(key) for key in read_index(path).keys)
+    except Exception:  # noqa: BLE001 - `shard_problems` names an index that can't be read, or whose keys are none
         return np.empty(0, PACKED_KEY)
-    content = b"".join(bytes.fromhex(key) for key in keys)
     packed = np.frombuffer(content, PACKED_KEY)
     return packed[np.frombuffer(content, np.uint8).reshape(-1, KEY_LENGTH // 2)[:, 0] % num_passes == turn]
 
