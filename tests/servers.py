@@ -145,16 +145,11 @@ def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
 
 
 @contextmanager
-def ray_cluster(folder: Path) -> Iterator[tuple[str, str]]:
-    """Run a Ray head with two CPUs; yield the address that jobs are submitted to, and that drivers connect to."""
+def ray_cluster(folder: Path) -> Iterator[str]:
+    """Run a Ray head with two CPUs and yield the address that jobs are submitted to."""
     port, dashboard, clients, agent = _free_ports(4)
     command = [*(_ray(), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats")]
-    command += [
-        "--node-ip-address=127.0.0.1",
-        f"--port={port}",
-        "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard}",
-    ]
+    command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += [f"--ray-client-server-port={clients}", f"--dashboard-agent-listen-port={agent}"]
     # Jobs say `python`, which on a cluster's image is the one that has everything installed.
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
@@ -174,7 +169,7 @@ def ray_cluster(folder: Path) -> Iterator[tuple[str, str]]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError((folder / "ray.log").read_text()[-2000:])
             time.sleep(0.2)
-        yield address, f"127.0.0.1:{port}"
+        yield address
     finally:
         process.terminate()
         process.wait(timeout=60)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -49,8 +48,7 @@ def command(job: str, home: Path) -> list[str]:
     return [sys.executable, "-m", f"jobs.{job}", "emoji", "--home", str(home), *SMALL[job].split()]
 
 
-def start(job: str, home: Path, ray_address: str = "") -> subprocess.Popen[str]:
-    """Start a job as a person does: on a Ray of its own, or on the one at an address."""
+def start(job: str, home: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(job, home),
         cwd=HOUSE,
@@ -58,23 +56,22 @@ def start(job: str, home: Path, ray_address: str = "") -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "RAY_ADDRESS": ray_address, "RAY_AUTH_MODE": "disabled"},
         # A shell that started these tests in the background made them, and their children, deaf to Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
-def finish(job: str, home: Path, ray_address: str = "") -> str:
+def finish(job: str, home: Path) -> str:
     """Run a job to its end and return what it printed."""
-    process = start(job, home, ray_address)
+    process = start(job, home)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     return output
 
 
-def kill_when(job: str, home: Path, is_time: Callable[[], bool], ray_address: str) -> None:
+def kill_when(job: str, home: Path, is_time: Callable[[], bool]) -> None:
     """Start a job and kill it without warning as soon as `is_time` says so."""
-    process = start(job, home, ray_address)
+    process = start(job, home)
     deadline = time.monotonic() + 200
     while not is_time():
         assert process.poll() is None, f"{job} ended before it could be killed: {process.communicate()[0]}"
@@ -129,26 +126,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return home, {job: finish(job, home) for job in ORDER}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """A running Ray cluster: where jobs are submitted, where drivers connect, and its user's home folder."""
-
-    submit_address: str
-    ray_address: str
-    user: Path
-
-
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A Ray cluster that outlives the jobs on it."""
-    folder = tmp_path_factory.mktemp("cluster")
-    with ray_cluster(folder) as (submit_address, ray_address):
-        yield Cluster(submit_address=submit_address, ray_address=ray_address, user=folder)
-
-
-@pytest.fixture(scope="module")
-def broken(unbroken: tuple[Path, dict[str, str]], cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which every job was killed once without warning, and started again, on a cluster that stays up."""
+def broken(unbroken: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which every job was killed once without warning, and started again."""
     home = tmp_path_factory.mktemp("broken")
     moments = {
         "shard_dataset": has_any(home, "dataset/*/*.record.json"),
@@ -157,8 +137,8 @@ def broken(unbroken: tuple[Path, dict[str, str]], cluster: Cluster, tmp_path_fac
         "train_ldm": has_any(home, "ldm/checkpoints/latest"),
     }
     for job, is_time in moments.items():
-        kill_when(job, home, is_time, cluster.ray_address)
-        output = finish(job, home, cluster.ray_address)
+        kill_when(job, home, is_time)
+        output = finish(job, home)
         assert "resumed at" in output or "already there" in output, output
     for job in ("evaluate", "sample"):
         kill_after_line(job, home, f"{job}: starting")
@@ -309,14 +289,19 @@ def test_training_runs_without_ray_under_torchrun(unbroken: tuple[Path, object],
         torch.testing.assert_close(other[key], weight, rtol=1e-3, atol=1e-4)
 
 
-def submit(cluster: Cluster, job: str) -> str:
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A running Ray cluster, and the home folder of the user that it runs under."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with ray_cluster(folder) as address:
+        yield address, folder
+
+
+def submit(cluster: tuple[str, Path], job: str) -> str:
     """Submit a job as the README does, wait for its end and return what it printed."""
+    address, _ = cluster
     flags = SMALL[job].replace("--launch.where here", "").split()
-    words = [
-        *("ray", "job", "submit", "--address", cluster.submit_address, "--working-dir", ".", "--"),
-        "python",
-        f"jobs/{job}.py",
-    ]
+    words = [*("ray", "job", "submit", "--address", address, "--working-dir", ".", "--"), "python", f"jobs/{job}.py"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     words[0] = str(Path(sys.executable).with_name("ray"))
     done = subprocess.run(
@@ -331,20 +316,22 @@ def submit(cluster: Cluster, job: str) -> str:
     return done.stdout
 
 
-def test_a_job_submitted_to_a_cluster_makes_the_same_bytes(unbroken: tuple[Path, object], cluster: Cluster) -> None:
+def test_a_job_submitted_to_a_cluster_makes_the_same_bytes(
+    unbroken: tuple[Path, object], cluster: tuple[str, Path]
+) -> None:
     output = submit(cluster, "shard_dataset")
-    home = cluster.user / "submitted"
+    home = cluster[1] / "submitted"
     assert f"0 shards already there: {home}/dataset" in output
     assert digests(home / "dataset") == digests(unbroken[0] / "dataset")
 
 
 @pytest.mark.slow
 def test_every_job_submitted_to_a_cluster_gives_what_it_gives_alone(
-    unbroken: tuple[Path, object], cluster: Cluster
+    unbroken: tuple[Path, object], cluster: tuple[str, Path]
 ) -> None:
     for job in ORDER:
         submit(cluster, job)
-    alone, submitted = unbroken[0], cluster.user / "submitted"
+    alone, submitted = unbroken[0], cluster[1] / "submitted"
     assert digests(alone / "latents") == digests(submitted / "latents")
     for weights in ("autoencoder/model", "ldm/model/unet"):
         name = f"{weights}/diffusion_pytorch_model.safetensors"
