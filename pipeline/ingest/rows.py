@@ -17,6 +17,7 @@ from pipeline.ingest.config import DatasetConfig
 from pipeline.ingest.filters import kept_captions, reject_before_fetch, reject_measured
 from pipeline.ingest.fingerprints import perceptual_hash, pixel_sha256
 from pipeline.ingest.transforms import Measured, Picture, measure, render, thumbnail
+from pipeline.sources.source import BROKEN
 from pipeline.store.ledger import LedgerLine
 from pipeline.store.schema import Reject, Row, SourceRow, json_text
 
@@ -75,7 +76,8 @@ def outcome_of(candidate: Candidate, payload: bytes | Reject, config: DatasetCon
     if candidate.row.members is not None:
         return _passed(candidate.line, candidate.row.key, candidate.row.members)
     if isinstance(payload, Reject):
-        return Outcome(rejected(candidate.line, payload))
+        found = str(candidate.row.attributes.get(BROKEN, ""))  # the source says what is wrong, where it knows
+        return Outcome(rejected(candidate.line, replace(payload, detail=payload.detail or found)))
     digest = hashlib.sha256(payload).hexdigest()
     line = replace(candidate.line, num_bytes=len(payload), payload_sha256=digest)
     measured = measure(payload, config.picture)

@@ -7,26 +7,23 @@ are never followed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
 from typing import Any
 
 from ldm.config import Config, digest_of
-from pipeline.sources.files import Place, check_place, each_at_once, names_of_files
+from pipeline.sources.cut_files import CutFilesSource
+from pipeline.sources.files import Place, check_place
 from pipeline.sources.parquet_file import PARQUET_SUFFIXES, ParquetFile
 from pipeline.sources.records import Broken
-from pipeline.sources.slices import Cut, Slice, SlicedFile, slice_of
+from pipeline.sources.slices import Cut, Slice, SlicedFile
 from pipeline.sources.source import BROKEN, Holdout, check_positive, check_share
 from pipeline.sources.tables import broken_key, broken_row, check_columns
 from pipeline.sources.values import captions_of, json_of, text_of
-from pipeline.store.schema import SourceRow, Split, key_of
+from pipeline.store.schema import SourceRow, key_of
 
 BATCH_ROWS = 16
 """Images decoded from parquet at once: they are large."""
-
-_PLACES = frozenset({"folder", "files"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +55,11 @@ class ImageParquetConfig(Config):
         check_share(self.holdout_share)
         check_place(self.folder, self.files)
 
-    def build(self) -> ImageParquetSource:
+    def build(self) -> CutFilesSource:
         """Return the source."""
-        return ImageParquetSource(self)
+        return CutFilesSource(
+            self, ImageParquetReader(self), Cut(holdout_share=self.holdout_share, holdout=self.holdout)
+        )
 
     @property
     def required_columns(self) -> list[str]:
@@ -74,53 +73,17 @@ class ImageParquetConfig(Config):
         return list(dict.fromkeys([*self.required_columns, *self.attribute_columns]))
 
 
-class ImageParquetSource:
-    """The rows of an `ImageParquetConfig`, in the files' own order."""
+class ImageParquetReader:
+    """Reads the rows of a `ImageParquetConfig`."""
+
+    suffixes = PARQUET_SUFFIXES
 
     def __init__(self, config: ImageParquetConfig) -> None:
-        """Keep the configuration; files are listed at the first use."""
+        """Keep the configuration."""
         self.config = config
-        self._cut = Cut(holdout_share=config.holdout_share, holdout=config.holdout)
 
-    @cached_property
-    def digest(self) -> str:
-        """Digest of the configuration without its places, and of every file's name and footer."""
-        config = {name: value for name, value in self.config.to_dict().items() if name not in _PLACES}
-        return digest_of({"config": config, "files": [[file.name, file.digest] for file in self._files]})
-
-    def shard_names(self, split: Split) -> Sequence[str]:
-        """Return the names of a split's shards, in order."""
-        return self._cut.shard_names(self._files, split)
-
-    def open_shard_at_row(self, name: str, row: int, payload: str = "") -> Iterator[SourceRow]:
-        """Yield the rows of a shard from row number `row` on."""
-        return islice(self._rows(slice_of(name)), row, None)
-
-    def shard_num_rows(self, name: str) -> int | None:
-        """Return None: how many rows of a slice are held out is known when they are read."""
-        return None
-
-    def num_rows(self, split: Split) -> int:
-        """Return about how many rows a split holds: the share of all rows."""
-        return self._cut.num_rows(self._files, split)
-
-    def without(self, known: Container[str]) -> ImageParquetSource:
-        """Return the source itself: its files are cut by place, and their shards' names stay."""
-        return self
-
-    def previous_of(self, name: str) -> str:
-        """Return the name of the file that a shard was cut from."""
-        return slice_of(name).file
-
-    def shard_payload(self, name: str) -> str:
-        """Return "": the name says all."""
-        return ""
-
-    @cached_property
-    def _files(self) -> list[SlicedFile]:
-        return each_at_once(self._survey, names_of_files(self.config.folder, self.config.files, PARQUET_SUFFIXES))
-
-    def _survey(self, name: str) -> SlicedFile:
+    def survey(self, name: str) -> SlicedFile:
+        """Return a file cut into slices, after a look at what it is; see `FileReader.survey`."""
         cut, there = self._file(name).survey(self.config.rows_per_shard)
         if there:
             check_columns(name, there, self.config.required_columns)
@@ -129,10 +92,11 @@ class ImageParquetSource:
     def _file(self, name: str) -> ParquetFile:
         return ParquetFile(place=Place(folder=self.config.folder, name=name), batch_rows=BATCH_ROWS)
 
-    def _rows(self, piece: Slice) -> Iterator[SourceRow]:
+    def rows(self, piece: Slice, cut: Cut) -> Iterator[SourceRow]:
+        """Yield the rows of a slice that belong to its split."""
         for record in self._file(piece.file).rows(piece, self.config.columns):
             identity, row = self._row(piece.file, record)
-            if self._cut.takes(identity, piece):
+            if cut.takes(identity, piece):
                 yield row
 
     def _row(self, file: str, record: Mapping[str, Any] | Broken) -> tuple[str, SourceRow]:

@@ -81,11 +81,14 @@ class Cut:
             return True
         return is_held_out(identity, self.holdout_share) == (piece.split is Split.VALIDATION)
 
-    def num_rows(self, files: Iterable[SlicedFile], split: Split) -> int:
-        """Return about how many rows a split holds."""
+    def num_rows(self, files: Iterable[SlicedFile], split: Split) -> int | None:
+        """Return about how many rows a split holds; None where no file says."""
+        there = list(files)
+        total = sum(file.num_rows for file in there)
+        if not total:
+            return None
         if self.holdout is Holdout.FILES:
-            return sum(file.num_rows for file in files if self._slices(file, split))
-        total = sum(file.num_rows for file in files)
+            return sum(file.num_rows for file in there if self._slices(file, split))
         held_out = round(total * self.holdout_share)
         return held_out if split is Split.VALIDATION else total - held_out
 

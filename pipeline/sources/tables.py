@@ -7,28 +7,25 @@ its attributes what is wrong, and both are counted by ingest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
 from typing import Any
 
 from ldm.config import Config, digest_of
-from pipeline.sources.files import Place, check_place, each_at_once, names_of_files
+from pipeline.sources.cut_files import CutFilesSource
+from pipeline.sources.files import Place, check_place
 from pipeline.sources.parquet_file import PARQUET_SUFFIXES, ParquetFile
 from pipeline.sources.records import Broken
-from pipeline.sources.slices import Cut, Slice, SlicedFile, slice_of
+from pipeline.sources.slices import Cut, Slice, SlicedFile
 from pipeline.sources.source import BROKEN, check_positive, check_share
 from pipeline.sources.text_file import TEXT_SUFFIXES, TextFile
 from pipeline.sources.values import captions_of, json_of, text_of, url_of
-from pipeline.store.schema import SourceRow, Split, key_of
+from pipeline.store.schema import SourceRow, key_of
 
 BROKEN_LINE = "broken_line"
 """Attribute of a row of which not even the columns could be told apart."""
 SHOWN_BYTES = 200
 """Bytes of a broken line that its row shows."""
-
-_PLACES = frozenset({"folder", "files"})
 
 
 def laion_columns() -> tuple[str, ...]:
@@ -66,9 +63,9 @@ class UrlTableConfig(Config):
         check_share(self.holdout_share)
         check_place(self.folder, self.files)
 
-    def build(self) -> UrlTableSource:
+    def build(self) -> CutFilesSource:
         """Return the source."""
-        return UrlTableSource(self)
+        return CutFilesSource(self, UrlTableReader(self), Cut(holdout_share=self.holdout_share))
 
     @property
     def required_columns(self) -> list[str]:
@@ -81,54 +78,16 @@ class UrlTableConfig(Config):
         return list(dict.fromkeys([*self.required_columns, *self.attribute_columns]))
 
 
-class UrlTableSource:
-    """The rows of a `UrlTableConfig`, in the files' own order."""
+class UrlTableReader:
+    """Reads the rows of a `UrlTableConfig`."""
+
+    suffixes = (*PARQUET_SUFFIXES, *TEXT_SUFFIXES)
 
     def __init__(self, config: UrlTableConfig) -> None:
-        """Keep the configuration; files are listed at the first use."""
+        """Keep the configuration."""
         self.config = config
-        self._cut = Cut(holdout_share=config.holdout_share)
 
-    @cached_property
-    def digest(self) -> str:
-        """Digest of the configuration without its places, and of every file's name and content."""
-        config = {name: value for name, value in self.config.to_dict().items() if name not in _PLACES}
-        return digest_of({"config": config, "files": [[file.name, file.digest] for file in self._files]})
-
-    def shard_names(self, split: Split) -> Sequence[str]:
-        """Return the names of a split's shards, in order."""
-        return self._cut.shard_names(self._files, split)
-
-    def open_shard_at_row(self, name: str, row: int, payload: str = "") -> Iterator[SourceRow]:
-        """Yield the rows of a shard from row number `row` on; the images' bytes are still to be fetched."""
-        return islice(self._rows(slice_of(name)), row, None)
-
-    def shard_num_rows(self, name: str) -> int | None:
-        """Return None: how many rows of a slice are held out is known when they are read."""
-        return None
-
-    def num_rows(self, split: Split) -> int:
-        """Return about how many rows a split holds: the share of all rows."""
-        return self._cut.num_rows(self._files, split)
-
-    def without(self, known: Container[str]) -> UrlTableSource:
-        """Return the source itself: its files are cut by place, and their shards' names stay."""
-        return self
-
-    def previous_of(self, name: str) -> str:
-        """Return the name of the file that a shard was cut from."""
-        return slice_of(name).file
-
-    def shard_payload(self, name: str) -> str:
-        """Return "": the name says all."""
-        return ""
-
-    @cached_property
-    def _files(self) -> list[SlicedFile]:
-        suffixes = (*PARQUET_SUFFIXES, *TEXT_SUFFIXES)
-        return each_at_once(self._survey, names_of_files(self.config.folder, self.config.files, suffixes))
-
-    def _survey(self, name: str) -> SlicedFile:
+    def survey(self, name: str) -> SlicedFile:
         """Return a file cut into slices, after a look at its columns."""
         cut, there = self._file(name).survey(self.config.rows_per_shard)
         if there:
@@ -141,12 +100,13 @@ class UrlTableSource:
             return ParquetFile(place=place)
         return TextFile(place=place, column_names=self.config.column_names)
 
-    def _rows(self, piece: Slice) -> Iterator[SourceRow]:
+    def rows(self, piece: Slice, cut: Cut) -> Iterator[SourceRow]:
+        """Yield the rows of a slice that belong to its split."""
         file = self._file(piece.file)
         records = file.rows(piece, self.config.columns) if isinstance(file, ParquetFile) else file.rows(piece)
         for record in records:
             identity, row = self._row(piece.file, record)
-            if self._cut.takes(identity, piece):
+            if cut.takes(identity, piece):
                 yield row
 
     def _row(self, file: str, record: Mapping[str, Any] | Broken) -> tuple[str, SourceRow]:

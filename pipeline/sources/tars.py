@@ -7,31 +7,26 @@ that is damaged gives its good rows, and a row for everything that is wrong with
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import islice
 from typing import IO
 
-from ldm.config import Config, digest_of
+from ldm.config import Config
+from pipeline.sources.cut_files import CutFilesSource
 from pipeline.sources.files import (
     Place,
     check_place,
-    each_at_once,
-    names_of_files,
     open_seekable,
     quick_digest,
     size_of,
 )
-from pipeline.sources.slices import Cut, Slice, SlicedFile, slice_of
+from pipeline.sources.slices import Cut, Slice, SlicedFile
 from pipeline.sources.source import BROKEN, DIGEST_LENGTH, Holdout, check_positive, check_share
 from pipeline.sources.tar_members import TarMember, read_members
 from pipeline.sources.values import captions_of, json_of, text_of
-from pipeline.store.schema import JSON, SourceRow, Split, key_of
+from pipeline.store.schema import JSON, SourceRow, key_of
 
 TAR_SUFFIXES = (".tar",)
-
-_PLACES = frozenset({"folder", "files"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +58,9 @@ class TarsConfig(Config):
         if not self.image_suffixes:
             raise ValueError("image_suffixes must name one member at least")
 
-    def build(self) -> TarsSource:
+    def build(self) -> CutFilesSource:
         """Return the source."""
-        return TarsSource(self)
+        return CutFilesSource(self, TarsReader(self), Cut(holdout_share=self.holdout_share, holdout=self.holdout))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,59 +72,23 @@ class _Group:
     problems: list[TarMember]
 
 
-class TarsSource:
-    """The rows of a `TarsConfig`, in the tars' own order."""
+class TarsReader:
+    """Reads the rows of a `TarsConfig`."""
+
+    suffixes = TAR_SUFFIXES
 
     def __init__(self, config: TarsConfig) -> None:
-        """Keep the configuration; tars are listed at the first use."""
+        """Keep the configuration."""
         self.config = config
-        self._cut = Cut(holdout_share=config.holdout_share, holdout=config.holdout)
 
-    @cached_property
-    def digest(self) -> str:
-        """Digest of the configuration without its places, and of the tars' names, sizes, beginnings and ends."""
-        config = {name: value for name, value in self.config.to_dict().items() if name not in _PLACES}
-        return digest_of({"config": config, "tars": [[file.name, file.digest] for file in self._files]})
-
-    def shard_names(self, split: Split) -> Sequence[str]:
-        """Return the names of a split's shards, in the tars' order."""
-        return self._cut.shard_names(self._files, split)
-
-    def open_shard_at_row(self, name: str, row: int, payload: str = "") -> Iterator[SourceRow]:
-        """Yield the rows of a tar from row number `row` on; rows without an image have no payload."""
-        return islice(self._rows(slice_of(name)), row, None)
-
-    def shard_num_rows(self, name: str) -> int | None:
-        """Return None: a tar does not say how many rows it holds."""
-        return None
-
-    def num_rows(self, split: Split) -> int | None:
-        """Return None: tars do not say how many rows they hold."""
-        return None
-
-    def without(self, known: Container[str]) -> TarsSource:
-        """Return the source itself: a tar is one shard, whose name stays."""
-        return self
-
-    def previous_of(self, name: str) -> str:
-        """Return the tar's name."""
-        return slice_of(name).file
-
-    def shard_payload(self, name: str) -> str:
-        """Return "": the name says all."""
-        return ""
-
-    @cached_property
-    def _files(self) -> list[SlicedFile]:
-        return each_at_once(self._survey, names_of_files(self.config.folder, self.config.files, TAR_SUFFIXES))
-
-    def _survey(self, name: str) -> SlicedFile:
+    def survey(self, name: str) -> SlicedFile:
+        """Return a file cut into slices, after a look at what it is; see `FileReader.survey`."""
         with open_seekable(Place(folder=self.config.folder, name=name)) as file:
             digest = quick_digest(file)[:DIGEST_LENGTH]
             size = size_of(file)
         return SlicedFile(name=name, digest=digest, num_rows=0, bounds=(0, max(size, 1)))
 
-    def _rows(self, piece: Slice) -> Iterator[SourceRow]:
+    def rows(self, piece: Slice, cut: Cut) -> Iterator[SourceRow]:
         """Yield a tar's rows that belong to the slice's split; of the others only headers are read."""
         with open_seekable(Place(folder=self.config.folder, name=piece.file)) as file:
             piece.check(quick_digest(file)[:DIGEST_LENGTH])
@@ -138,9 +97,9 @@ class TarsSource:
             for found in _read_groups(file, self.config.max_bytes):
                 num_found += 1
                 for part in self._parts(found, seen):
-                    if self._cut.takes(key := _key_of(piece.file, part), piece):
+                    if cut.takes(key := _key_of(piece.file, part), piece):
                         yield self._row(file, piece.file, key, part)
-            if not num_found and self._cut.takes(key := _key_of(piece.file, empty := TarMember(offset=0)), piece):
+            if not num_found and cut.takes(key := _key_of(piece.file, empty := TarMember(offset=0)), piece):
                 yield self._row(file, piece.file, key, replace(empty, problem="the tar has no members"))
 
     def _parts(self, found: _Group | TarMember, seen: set[str]) -> Iterator[_Group | TarMember]:
