@@ -61,12 +61,12 @@ def main() -> None:
 
 
 def _report(console: Console, home: str, seconds: dict[str, float]) -> None:
-    table = Table("stage", "rows", "seconds", "result", title="what was done", title_justify="left")
+    table = Table("stage", "rows", "seconds", "result", title=f"in {home}", title_justify="left")
     for job, place in STAGES.items():
         shards = load_manifest(f"{home}/{place}").shards if job in ("shard_dataset", "precompute_latents") else ()
         rows = sum(shard.num_rows for shard in shards)
-        table.add_row(job, f"{rows:,}" if rows else "", f"{seconds[job]:.0f}", f"{home}/{place}")
-    table.add_row("all", "", f"{sum(seconds.values()):.0f}", home)
+        table.add_row(job, f"{rows:,}" if rows else "", f"{seconds[job]:.0f}", place)
+    table.add_row("all", "", f"{sum(seconds.values()):.0f}", "")
     console.print(table)
     config = train_ldm(home)
     run = run_of(config.record)

@@ -11,7 +11,7 @@ from jobs.session import is_main_process, prepare
 from jobs.wiring.evaluate import evaluate_worker, report_there, verdict
 from jobs.wiring.publishing import publish_evaluation
 from jobs.wiring.recording import first_validation
-from jobs.wiring.training import launch_alone
+from jobs.wiring.training import launch
 from ldm.text_to_image import load_card, model_digest
 
 
@@ -29,7 +29,7 @@ def main() -> None:
         )
         print("evaluated already" if there else "not evaluated yet")
         return
-    report = there or launch_alone(evaluate_worker, config, config.launch, "evaluate")
+    report = there or launch(evaluate_worker, config, config.launch, "evaluate", works_alone=True)
     if not is_main_process():
         return
     first = first_validation(config.root)["validation_loss"]

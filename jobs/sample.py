@@ -10,7 +10,7 @@ from jobs.recipes import SAMPLE
 from jobs.session import is_main_process, prepare
 from jobs.wiring.publishing import publish_picture
 from jobs.wiring.sample import sample_worker
-from jobs.wiring.training import launch_alone
+from jobs.wiring.training import launch
 from ldm import storage
 
 
@@ -29,7 +29,7 @@ def main() -> None:
         return
     if not is_there:
         storage.check_writable(config.root)
-        launch_alone(sample_worker, config, config.launch, "sample")
+        launch(sample_worker, config, config.launch, "sample", works_alone=True)
     if is_main_process():
         if not is_there:
             publish_picture(config, path)

@@ -19,7 +19,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from ldm.training.loop import Progress as TrainProgress
@@ -164,7 +165,7 @@ class _Images(ProgressColumn):
     """Images done of all, once the workers have said how many there are."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.completed:,.0f}/{task.total:,.0f} images" if task.total else "")
+        return Text(f"{task.completed:,.0f}/{task.total:,.0f}" if task.total else "")
 
 
 class _Rate(ProgressColumn):
@@ -176,14 +177,13 @@ class _Rate(ProgressColumn):
 
 
 class _Remaining(ProgressColumn):
-    """Time to the end at the shown rate."""
+    """Time to the end at the shown rate; before the first report, the time that has passed."""
 
     def render(self, task: Task) -> Text:
         rate, total = task.fields.get("rate") or 0.0, task.total or 0.0
         if not rate:
-            return Text("")
-        left = (total - task.completed) / rate
-        return Text(f"ETA {int(left) // 60}:{int(left) % 60:02d}")
+            return Text(_clock(task.elapsed or 0.0))
+        return Text(f"ETA {_clock((total - task.completed) / rate)}")
 
 
 class TrainingBar:
@@ -195,14 +195,14 @@ class TrainingBar:
         self._last_line = time.monotonic()
         self._latest: dict[str, float] = {}
         self._first: tuple[float, int] | None = None
+        # The first that gives way in a narrow terminal is the bar itself.
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=30),
-            _Images(),
-            _Rate(),
-            _Remaining(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[values]}", style="dim"),
+            _Images(table_column=Column(no_wrap=True)),
+            _Rate(table_column=Column(no_wrap=True)),
+            _Remaining(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[values]}", style="dim", table_column=Column(no_wrap=True)),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -238,9 +238,15 @@ class TrainingBar:
         if not self._console.is_terminal and (is_last or time.monotonic() - self._last_line > LINE_EVERY_SECONDS):
             self._last_line = time.monotonic()
             left = (progress.total - progress.done) / rate if rate else 0.0
-            speed = f"{rate:.1f} img/s, ETA {int(left) // 60}:{int(left) % 60:02d}" if rate else ""
+            speed = f"{rate:.1f} img/s, ETA {_clock(left)}" if rate else ""
             parts = (f"{progress.done:,}/{progress.total:,} images", speed, values)
             self._console.print(f"{self._title}: {', '.join(filter(None, parts))}", highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _short(metrics: dict[str, float]) -> str:

@@ -44,13 +44,13 @@ SMALL = {
 ORDER = tuple(SMALL)
 
 
-def command(job: str, home: Path) -> list[str]:
-    return [sys.executable, "-m", f"jobs.{job}", "emoji", "--home", str(home), *SMALL[job].split()]
+def command(job: str, home: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", f"jobs.{job}", "emoji", "--home", str(home), *SMALL[job].split(), *more]
 
 
-def start(job: str, home: Path) -> subprocess.Popen[str]:
+def start(job: str, home: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(job, home),
+        command(job, home, *more),
         cwd=HOUSE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -95,9 +95,9 @@ def kill_after_line(job: str, home: Path, begins: str) -> None:
     raise AssertionError(f"{job} never printed {begins!r}: {printed}")
 
 
-def stop_when(job: str, home: Path, is_time: Callable[[], bool]) -> tuple[int, str]:
+def stop_when(job: str, home: Path, is_time: Callable[[], bool], *more: str) -> tuple[int, str]:
     """Start a job and press Ctrl-C as soon as `is_time` says so; return its exit code and output."""
-    process = start(job, home)
+    process = start(job, home, *more)
     while not is_time():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
@@ -180,11 +180,19 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(unbroken: tuple[Path, 
     home, _ = unbroken
     for name in ("dataset", "autoencoder", "latents"):
         (tmp_path / name).symlink_to(home / name)
-    code, output = stop_when("train_ldm", tmp_path, has_any(tmp_path, "ldm/checkpoints/0*"))
+
+    def has_measured() -> bool:
+        record = tmp_path / "records/ldm/record.jsonl"
+        return record.exists() and '"loss"' in record.read_text()
+
+    # No checkpoint falls due: what is there afterwards was saved because of Ctrl-C.
+    code, output = stop_when("train_ldm", tmp_path, has_measured, "--loop.checkpoint-every", "1000000")
     assert code == 130, output
     assert "start the same command again to go on" in output
     assert "Traceback" not in output
-    finish("train_ldm", tmp_path)
+    saved = [int(path.name) for path in tmp_path.glob("ldm/checkpoints/0*")]
+    assert len(saved) == 1 and 0 < saved[0] < 256
+    assert f"resumed at {saved[0]} samples" in finish("train_ldm", tmp_path)
     name = "ldm/model/unet/diffusion_pytorch_model.safetensors"
     one, other = load_weights(str(home / name)), load_weights(str(tmp_path / name))
     assert all(torch.equal(one[key], other[key]) for key in one)

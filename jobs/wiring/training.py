@@ -66,43 +66,25 @@ def run_training(
     return outcome
 
 
-def launch(worker: Callable[..., Outcome], config: Config, where: LaunchConfig, title: str) -> Outcome:
-    """Run a training's worker where its configuration says, with a progress bar, and return its outcome."""
-
-    def on_ray(bar: Callable[[Progress], None]) -> Outcome:
-        # Optional: a machine without Ray trains with --launch.where here.
-        from ldm.training.launch import run_on_ray
-
-        return run_on_ray(worker, config, where, title, bar)
-
-    return _launched(worker, config, where, title, on_ray)
-
-
-def launch_alone(worker: Callable[..., Outcome], config: Config, where: LaunchConfig, title: str) -> Outcome:
-    """Run a worker that works alone (an evaluation, a drawing) where its configuration says; as `launch`."""
-
-    def on_ray(bar: Callable[[Progress], None]) -> Outcome:
-        # Optional: a machine without Ray works with --launch.where here.
-        from ldm.training.launch import run_alone_on_ray
-
-        return run_alone_on_ray(worker, config, where, bar)
-
-    return _launched(worker, config, where, title, on_ray)
-
-
-def _launched(
-    worker: Callable[..., Outcome],
-    config: Config,
-    where: LaunchConfig,
-    title: str,
-    on_ray: Callable[[Callable[[Progress], None]], Outcome],
+def launch(
+    worker: Callable[..., Outcome], config: Config, where: LaunchConfig, title: str, *, works_alone: bool = False
 ) -> Outcome:
+    """Run a worker where its configuration says, with a progress bar, and return its outcome.
+
+    Args:
+        works_alone: it has no other ranks (an evaluation, a drawing), which starts faster on Ray.
+    """
     with TrainingBar(title) if is_main_process() else nullcontext(ignore) as bar:
         if where.where is Where.HERE:
             with stop_request() as should_stop:
                 return run_here(worker, config, bar, should_stop)
+        # Optional: a machine without Ray works with --launch.where here.
+        from ldm.training.launch import run_alone_on_ray, run_on_ray
+
         with ray_session():
-            return on_ray(bar)
+            if works_alone:
+                return run_alone_on_ray(worker, config, where, bar)
+            return run_on_ray(worker, config, where, title, bar)
 
 
 def _open_run(config: TrainingConfig, title: str, data: Manifest, data_uri: str) -> str:

@@ -102,17 +102,27 @@ def run_alone_on_ray(worker: Worker, config: Any, launch: LaunchConfig, watch: C
 def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], None]) -> Outcome:
     """Wait for what was started while showing its news; return the outcome that it left on the board."""
     failures: list[BaseException] = []
+    # An interrupted `Thread.join` takes the thread for ended while it runs (CPython issue 90882): it is not asked.
+    is_over = threading.Event()
+
+    def wait() -> None:
+        try:
+            finish()
+        except Exception as error:  # noqa: BLE001 - raised by the main thread
+            failures.append(error)
+        finally:
+            is_over.set()
+
     # Not in the main thread: there Ray Train takes over SIGINT and aborts the workers, who then can't save.
-    waiting = threading.Thread(target=_wait, args=(finish, failures), daemon=True)
-    waiting.start()
+    threading.Thread(target=wait, daemon=True).start()
     try:
-        _watch_until_done(waiting, board, watch)
+        _watch_until(is_over, board, watch)
     except KeyboardInterrupt:
         watch(
             Progress(done=0, total=0, notice="stopping: the workers finish their step and save (again Ctrl-C gives up)")
         )
         ray.get(board.ask_to_stop.remote())
-        _watch_until_done(waiting, board, watch)
+        _watch_until(is_over, board, watch)
         raise
     if failures:
         raise _readable(failures[0]) from failures[0]
@@ -159,20 +169,13 @@ class _StopPoll:
         return bool(ray.get(self._board.is_stopping.remote()))
 
 
-def _wait(finish: Callable[[], Any], failures: list[BaseException]) -> None:
-    try:
-        finish()
-    except Exception as error:  # noqa: BLE001 - handed to the main thread, which raises it
-        failures.append(error)
-
-
-def _watch_until_done(waiting: threading.Thread, board: Any, watch: Callable[[Progress], None]) -> None:
-    is_alive = True
-    while is_alive:
-        waiting.join(POLL_SECONDS)
-        is_alive = waiting.is_alive()
+def _watch_until(is_over: threading.Event, board: Any, watch: Callable[[Progress], None]) -> None:
+    while True:
+        was_over = is_over.wait(POLL_SECONDS)
         for progress in ray.get(board.take.remote()):
             watch(progress)
+        if was_over:
+            return
 
 
 def _check_resources(launch: LaunchConfig) -> None:
