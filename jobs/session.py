@@ -17,13 +17,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from ldm.training.loop import Progress as TrainProgress
+if TYPE_CHECKING:  # it would bring torch into jobs that have no use for it
+    from ldm.training.loop import Progress as TrainProgress
 
 # glibc gives memory back after each step and faults it in again at the next one, a tenth of a CPU training's time.
 ALLOCATOR = {
