@@ -92,6 +92,7 @@ def ray_session() -> Iterator[str]:
     for_workers = {**_passed_on(), "PYTHONPATH": os.pathsep.join(paths)}
     if not cluster:
         os.environ.update(for_workers)  # inherited; workers that wait in store can't take a job's own settings
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
     with _stderr_closed():
         ray.init(
             address=cluster or "local",

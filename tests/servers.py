@@ -50,7 +50,7 @@ class S3Server:
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
     """Start an S3 server with one empty bucket; stop it at the end."""
-    ports = dict(zip(PORTS, _free_ports(len(PORTS)), strict=True))
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     server = S3Server(
         endpoint=f"http://127.0.0.1:{ports['s3.port']}", key="testkey", secret="testsecret", bucket="testbucket"
     )
@@ -90,7 +90,7 @@ def _weed() -> str:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for listener in sockets:
@@ -103,7 +103,7 @@ class MlflowServer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        (self._port,) = _free_ports(1)
+        (self._port,) = free_ports(1)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -147,7 +147,7 @@ def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
 @contextmanager
 def ray_cluster(folder: Path) -> Iterator[str]:
     """Run a Ray head with two CPUs and yield the address that jobs are submitted to."""
-    port, dashboard, clients, agent = _free_ports(4)
+    port, dashboard, clients, agent = free_ports(4)
     command = [*(_ray(), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats")]
     command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += [f"--ray-client-server-port={clients}", f"--dashboard-agent-listen-port={agent}"]

@@ -125,7 +125,7 @@ def test_rows_that_stay_are_the_bytes_of_a_dataset_with_its_copies(unique, local
     assert all(everything[key] == row for key, row in rows_of(unique).items())
 
 
-@pytest.mark.parametrize("rows_per_shard", [3, 100])
+@pytest.mark.parametrize("rows_per_shard", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_survivors_do_not_depend_on_the_shards(unique, images, tmp_path, rows_per_shard):
     make_dataset(near_config(tmp_path / "dataset", images, rows_per_shard))
     assert rows_of(tmp_path / "dataset") == rows_of(unique)
@@ -150,7 +150,9 @@ def test_copies_of_earlier_runs_fall_whatever_their_keys(local_ray, images, tmp_
     assert verify_dataset(config.root).problems == ()
 
 
-@pytest.mark.parametrize("moment", ["staged", "half", "lost"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("staged", marks=pytest.mark.slow), "half", pytest.param("lost", marks=pytest.mark.slow)]
+)
 def test_a_run_killed_between_staging_and_the_end_is_the_unbroken_run(unique, images, tmp_path, moment):
     config = near_config(tmp_path / "dataset", images)
     plan = plan_dataset(config)

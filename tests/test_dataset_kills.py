@@ -162,6 +162,7 @@ def downloaded(s3: S3Server, root: str) -> dict[str, bytes]:
     return {path.removeprefix(prefix): client.cat_file(path) for path in sorted(client.find(prefix))}
 
 
+@pytest.mark.slow  # the next one is stricter
 def test_dataset_in_object_storage_is_the_one_on_disk(images, unbroken, s3, s3_root, tmp_path):
     config = config_of(s3_root, images)
     finish(config, tmp_path)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import mlflow
 import pytest
+import ray
 import torch
 from mlflow.tracking import MlflowClient
 from PIL import Image
@@ -42,28 +46,32 @@ SMALL = {
     "sample": "--prompts heart star --guidance 1 3 --sampler.num-steps 4 --launch.where here",
 }
 ORDER = tuple(SMALL)
+FOLDERS = ("dataset", "autoencoder", "latents", "ldm")
+"""What the first jobs make, in their order."""
 
 
 def command(job: str, home: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", f"jobs.{job}", "emoji", "--home", str(home), *SMALL[job].split(), *more]
 
 
-def start(job: str, home: Path, *more: str) -> subprocess.Popen[str]:
+def start(job: str, home: Path, *more: str, ray_address: str = "") -> subprocess.Popen[str]:
+    """Start a job on a Ray that runs, or with one of its own."""
     return subprocess.Popen(
         command(job, home, *more),
         cwd=HOUSE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env={**os.environ, "RAY_ADDRESS": ray_address},
         start_new_session=True,
         # A shell that started these tests in the background made them, and their children, deaf to Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
-def finish(job: str, home: Path) -> str:
+def finish(job: str, home: Path, ray_address: str = "") -> str:
     """Run a job to its end and return what it printed."""
-    process = start(job, home)
+    process = start(job, home, ray_address=ray_address)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     return output
@@ -115,94 +123,128 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def has_words(file: Path, words: str) -> Callable[[], bool]:
+    return lambda: file.exists() and words in file.read_text()
+
+
 def has_any(folder: Path, pattern: str) -> Callable[[], bool]:
     return lambda: any(folder.glob(pattern))
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A home in which every job ran once, without a break, and what each printed."""
+    """A home in which every job ran once, without a break and on one Ray as in the demo, and what each printed."""
     home = tmp_path_factory.mktemp("unbroken")
-    return home, {job: finish(job, home) for job in ORDER}
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    address = ray.get_runtime_context().gcs_address
+    try:
+        return home, {job: finish(job, home, address) for job in ORDER}
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Story:
+    """What became of a job that was interrupted: its home, and what Ctrl-C gave if it was pressed."""
+
+    home: Path
+    code: int = 0
+    output: str = ""
+    checkpoints: tuple[str, ...] = ()
 
 
 @pytest.fixture(scope="module")
-def broken(unbroken: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which every job was killed once without warning, and started again."""
-    home = tmp_path_factory.mktemp("broken")
+def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
+    """Every job on the inputs of the unbroken ones, killed once without warning, and started again.
+
+    Two at a time, for most of their time is starting.
+    """
+    homes = {job: tmp_path_factory.mktemp(job) for job in ORDER}
+    for number, job in enumerate(ORDER):
+        for name in FOLDERS[: min(number, 3)]:
+            (homes[job] / name).symlink_to(unbroken[0] / name)
+    for job in ORDER[4:]:  # these write beside the model
+        for name in ("ldm", "records"):
+            shutil.copytree(unbroken[0] / name, homes[job] / name, ignore=shutil.ignore_patterns("evaluation.json"))
+        shutil.copy(unbroken[0] / "mlflow.db", homes[job])
     moments = {
-        "shard_dataset": has_any(home, "dataset/*/*.record.json"),
-        "train_autoencoder": has_any(home, "autoencoder/checkpoints/latest"),
-        "precompute_latents": has_any(home, "latents/*/*.record.json"),
-        "train_ldm": has_any(home, "ldm/checkpoints/latest"),
+        "shard_dataset": has_any(homes["shard_dataset"], "dataset/*/*.record.json"),
+        "train_autoencoder": has_any(homes["train_autoencoder"], "autoencoder/checkpoints/latest"),
+        "precompute_latents": has_any(homes["precompute_latents"], "latents/*/*.record.json"),
+        "train_ldm": lambda: len(list(homes["train_ldm"].glob("ldm/checkpoints/0*"))) > 1,
     }
-    for job, is_time in moments.items():
-        kill_when(job, home, is_time)
-        output = finish(job, home)
+
+    def interrupted(job: str) -> Story:
+        story = Story(homes[job])
+        if job not in moments:
+            kill_after_line(job, story.home, f"{job}: starting")
+            finish(job, story.home)
+            return story
+        if job == "train_ldm":
+            # No checkpoint falls due: what is there afterwards was saved because of Ctrl-C.
+            has_measured = has_words(story.home / "records/ldm/record.jsonl", '"loss"')
+            code, output = stop_when(job, story.home, has_measured, "--loop.checkpoint-every", "1000000")
+            checkpoints = tuple(sorted(path.name for path in story.home.glob("ldm/checkpoints/0*")))
+            story = Story(story.home, code, output, checkpoints)
+        kill_when(job, story.home, moments[job])
+        output = finish(job, story.home)
         assert "resumed at" in output or "already there" in output, output
-    for job in ("evaluate", "sample"):
-        kill_after_line(job, home, f"{job}: starting")
-        finish(job, home)
-    return home
+        return story
+
+    with ThreadPoolExecutor(2) as threads:
+        longest_first = ("train_ldm", "train_autoencoder", "precompute_latents", "shard_dataset", "evaluate", "sample")
+        return dict(zip(longest_first, threads.map(interrupted, longest_first), strict=True))
 
 
-def test_data_stages_killed_and_started_again_give_the_same_bytes(unbroken: tuple[Path, object], broken: Path) -> None:
-    home, _ = unbroken
-    assert digests(home / "dataset") == digests(broken / "dataset")
-    assert digests(home / "latents") == digests(broken / "latents")
-
-
-@pytest.mark.parametrize("weights", ["autoencoder/model", "ldm/model/unet"])
-def test_trainings_killed_and_started_again_give_the_same_weights_bit_for_bit(
-    unbroken: tuple[Path, object], broken: Path, weights: str
+@pytest.mark.parametrize("job, folder", [("shard_dataset", "dataset"), ("precompute_latents", "latents")])
+def test_a_data_stage_killed_and_started_again_gives_the_same_bytes(
+    unbroken: tuple[Path, object], broken: dict[str, Story], job: str, folder: str
 ) -> None:
-    home, _ = unbroken
+    assert digests(unbroken[0] / folder) == digests(broken[job].home / folder)
+
+
+@pytest.mark.parametrize("job, weights", [("train_autoencoder", "autoencoder/model"), ("train_ldm", "ldm/model/unet")])
+def test_a_training_killed_and_started_again_gives_the_same_weights_bit_for_bit(
+    unbroken: tuple[Path, object], broken: dict[str, Story], job: str, weights: str
+) -> None:
     name = f"{weights}/diffusion_pytorch_model.safetensors"
-    one, other = load_weights(str(home / name)), load_weights(str(broken / name))
+    one, other = load_weights(str(unbroken[0] / name)), load_weights(str(broken[job].home / name))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_evaluation_and_sampling_killed_and_started_again_give_the_same_figures_and_pixels(
-    unbroken: tuple[Path, object], broken: Path
+def test_an_evaluation_killed_and_started_again_gives_the_same_figures(
+    unbroken: tuple[Path, object], broken: dict[str, Story]
 ) -> None:
-    home, _ = unbroken
-    reports = [json.loads((folder / "ldm" / "evaluation.json").read_text()) for folder in (home, broken)]
+    homes = (unbroken[0], broken["evaluate"].home)
+    reports = [json.loads((home / "ldm" / "evaluation.json").read_text()) for home in homes]
     assert reports[0] == reports[1]
-    pictures = [Image.open(next((folder / "samples").glob("grid-*.png"))) for folder in (home, broken)]
+
+
+def test_a_sampling_killed_and_started_again_gives_the_same_pixels(
+    unbroken: tuple[Path, object], broken: dict[str, Story]
+) -> None:
+    homes = (unbroken[0], broken["sample"].home)
+    pictures = [Image.open(next((home / "samples").glob("grid-*.png"))) for home in homes]
     assert pictures[0].tobytes() == pictures[1].tobytes()
-    assert sorted(path.name for path in (broken / "samples").iterdir()) == sorted(
-        path.name for path in (home / "samples").iterdir()
-    )
+    names = [sorted(path.name for path in (home / "samples").iterdir()) for home in homes]
+    assert names[0] == names[1]
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(unbroken: tuple[Path, object], tmp_path: Path) -> None:
-    home, _ = unbroken
-    for name in ("dataset", "autoencoder", "latents"):
-        (tmp_path / name).symlink_to(home / name)
-
-    def has_measured() -> bool:
-        record = tmp_path / "records/ldm/record.jsonl"
-        return record.exists() and '"loss"' in record.read_text()
-
-    # No checkpoint falls due: what is there afterwards was saved because of Ctrl-C.
-    code, output = stop_when("train_ldm", tmp_path, has_measured, "--loop.checkpoint-every", "1000000")
-    assert code == 130, output
-    assert "start the same command again to go on" in output
-    assert "Traceback" not in output
-    saved = [int(path.name) for path in tmp_path.glob("ldm/checkpoints/0*")]
-    assert len(saved) == 1 and 0 < saved[0] < 256
-    assert f"resumed at {saved[0]} samples" in finish("train_ldm", tmp_path)
-    name = "ldm/model/unet/diffusion_pytorch_model.safetensors"
-    one, other = load_weights(str(home / name)), load_weights(str(tmp_path / name))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+def test_ctrl_c_saves_and_says_how_to_go_on(broken: dict[str, Story]) -> None:
+    story = broken["train_ldm"]
+    assert story.code == 130, story.output
+    assert "start the same command again to go on" in story.output
+    assert "Traceback" not in story.output
+    (saved,) = story.checkpoints
+    assert 0 < int(saved) < 256
 
 
 def test_a_second_run_of_every_job_does_nothing(unbroken: tuple[Path, object]) -> None:
     home, _ = unbroken
     before = digests(home)
-    for job in ORDER:
-        finish(job, home)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda job: finish(job, home), ORDER))
     changed = {path for path, digest in digests(home).items() if before.get(path) != digest}
     assert {path.split("/")[0] for path in changed} <= {"mlflow.db", "mlflow-artifacts"}, changed
 

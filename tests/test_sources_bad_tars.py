@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.sources.tar_members import read_members
 from pipeline.sources.tars import TarsConfig
+from tests.fuzzing import FUZZ_SECONDS, damage, damaged, fuzz
 from tests.test_sources_bad import GOOD, read
 
 
@@ -149,3 +151,24 @@ def test_members_of_any_bytes_lie_in_order_and_inside_the_file(junk, place, widt
     offsets = [one.offset for one in found]
     assert offsets == sorted(set(offsets))
     assert all(one.problem or one.start + one.num_bytes <= len(content) for one in found)
+
+
+STARTS = [content for content, _, _ in TARS.values() if 0 < len(content) < 20_000]
+
+
+def read_damaged(folder, content, changes):
+    """Read a damaged tar as a source; its rows have each their own key, and a payload or what is wrong."""
+    (folder / "x.tar").write_bytes(damaged(content, changes))
+    rows = read(TarsConfig(folder=str(folder), holdout_share=0.0, max_bytes=4000).build())
+    assert len({row.key for row in rows}) == len(rows)
+    assert all((row.payload is None) == ("broken" in row.attributes) for row in rows)
+
+
+def test_damaged_tar_never_raises(tmp_path):
+    assert fuzz(partial(read_damaged, tmp_path), st.sampled_from(STARTS), damage, seconds=3.0) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(FUZZ_SECONDS + 300)
+def test_damaged_tar_never_raises_for_ten_minutes(tmp_path):
+    fuzz(partial(read_damaged, tmp_path), st.sampled_from(STARTS), damage)

@@ -6,12 +6,11 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -26,9 +25,9 @@ from pipeline.ingest.transforms import (
 )
 from pipeline.store.schema import Reject
 from tests.bad_images import BAD_IMAGES, OK
+from tests.fuzzing import FUZZ_SECONDS, damage, damaged, fuzz
 from tests.image_bytes import encoded, natural, png
 
-FUZZ_SECONDS = 600
 ANY_HEALTH = list(HealthCheck)
 CONFIG = PictureConfig(image_size=16)
 STRICT = PictureConfig(image_size=16, max_pixels=100_000, resize=ResizeMode.SHORT_SIDE, image_format=ImageFormat.WEBP)
@@ -108,7 +107,7 @@ def test_memory_of_one_picture_is_bounded(make, limit_mb, tmp_path):
     command = [sys.executable, "-c", MEASURE_PEAK, str(tmp_path / "image")]
     found = subprocess.run(command, capture_output=True, check=True, text=True)
     print(f"{int(found.stdout)} MB")
-    assert 1 <= int(found.stdout) < limit_mb
+    assert int(found.stdout) < limit_mb
 
 
 # --- fuzz -----------------------------------------------------------------------------------------------------------
@@ -130,36 +129,6 @@ SOUND = [
     BAD_IMAGES["svg"].content,
     BAD_IMAGES["tiff_plain"].content,
 ]
-place = st.floats(0, 1, exclude_max=True)
-change = st.one_of(
-    st.tuples(st.just("set"), place, st.integers(0, 255)),
-    st.tuples(st.just("near the start"), place, st.integers(0, 255)),
-    st.tuples(st.just("cut"), place, st.just(0)),
-    st.tuples(st.just("drop"), place, st.integers(1, 40)),
-    st.tuples(st.just("repeat"), place, st.integers(1, 60)),
-    st.tuples(st.just("long"), place, st.sampled_from([0x00, 0x7F, 0x80, 0xFF])),
-)
-damage = st.lists(change, min_size=1, max_size=8)
-
-
-def damaged(content: bytes, changes: list[tuple[str, float, int]]) -> bytes:
-    for kind, where, value in changes:
-        at = int(where * len(content))
-        match kind:
-            case "set":
-                content = content[:at] + bytes([value]) + content[at + 1 :]
-            case "near the start":
-                at = int(where * min(64, len(content)))
-                content = content[:at] + bytes([value]) + content[at + 1 :]
-            case "cut":
-                content = content[:at]
-            case "drop":
-                content = content[:at] + content[at + value :]
-            case "repeat":
-                content = content[:at] + content[at : at + value] * 2 + content[at + value :]
-            case "long":
-                content = content[:at] + bytes([value] * 4) + content[at + 4 :]
-    return content
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=ANY_HEALTH)
@@ -177,24 +146,8 @@ def test_any_bytes_after_a_signature_never_raise(tail, signature):
 @pytest.mark.slow
 @pytest.mark.timeout(FUZZ_SECONDS + 300)
 def test_damaged_bytes_never_raise_for_ten_minutes():
-    ends = time.monotonic() + FUZZ_SECONDS
-
-    @settings(
-        max_examples=2000,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(
-        st.sampled_from([*SOUND, *(bad.content for bad in BAD_IMAGES.values() if len(bad.content) < 20_000)]), damage
-    )
-    def fuzz(sound, changes):
-        if time.monotonic() < ends:
-            outcome_of(damaged(sound, changes), STRICT)
-
-    while time.monotonic() < ends:
-        fuzz()
+    starts = [*SOUND, *(bad.content for bad in BAD_IMAGES.values() if len(bad.content) < 20_000)]
+    fuzz(lambda sound, changes: outcome_of(damaged(sound, changes), STRICT), st.sampled_from(starts), damage)
 
 
 def test_reasons_say_what_they_mean():

@@ -14,7 +14,6 @@ from jobs.wiring.train_ldm import TrainLdmConfig
 from ldm import storage
 from ldm.config import Config
 from ldm.training.local_launch import LaunchConfig, Outcome, Where, ignore, run_here
-from ldm.training.loop import Progress
 from ldm.training.record import MirrorError
 from pipeline.store.manifest import Manifest
 from pipeline.store.schema import Split
@@ -71,8 +70,7 @@ def launch(
 ) -> Outcome:
     """Run a worker where its configuration says, with a progress bar, and return its outcome.
 
-    Args:
-        works_alone: it has no other ranks (an evaluation, a drawing), which starts faster on Ray.
+    A worker that works alone, without other ranks (an evaluation, a drawing), starts faster on Ray.
     """
     with TrainingBar(title) if is_main_process() else nullcontext(ignore) as bar:
         if where.where is Where.HERE:
