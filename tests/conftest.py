@@ -27,6 +27,26 @@ install_import_hook(TENSOR_PACKAGES, f"{shape_checks.__name__}.{shape_checks.che
 torch.set_num_threads(1)
 
 
+STARTS_MANY_PROCESSES = {
+    "test_cluster",
+    "test_dataset_duplicates",
+    "test_dataset_kills",
+    "test_engines",
+    "test_jobs",
+    "test_run",
+    "test_tracking",
+}
+"""Modules whose tests take Ray or ranks and leave nothing to another of their kind."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2`, one worker goes through the tests that start many processes while the other does the rest."""
+    items.sort(key=lambda item: item.path.stem not in STARTS_MANY_PROCESSES)
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("processes" if name in STARTS_MANY_PROCESSES else name))
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server for the whole session; every AWS client of this process and its children talks to it."""
