@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jobs.command_line import report_errors
 from jobs.recipes.emoji import sample, train_ldm
 from jobs.session import PROJECT, prepare, ray_session
 from jobs.wiring.process import run_job
@@ -42,6 +43,7 @@ class Demo:
     """Folder that everything is put under."""
 
 
+@report_errors()
 def main() -> None:
     """Run the jobs; stop at the first that fails, and say how to go on."""
     prepare()
@@ -49,6 +51,8 @@ def main() -> None:
     console = Console()
     seconds: dict[str, float] = {}
     is_done = all(storage.exists(f"{home}/{place}") for place in STAGES.values())
+    if not is_done:
+        console.print("starting Ray")
     with nullcontext("") if is_done else ray_session() as os.environ["RAY_ADDRESS"]:
         for number, job in enumerate(STAGES, start=1):
             console.rule(f"[bold]{number}/{len(STAGES)} jobs/{job}.py", align="left")

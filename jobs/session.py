@@ -50,6 +50,8 @@ QUIET = {
 }
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for a submitted job's driver: JSON of its settings."""
+TOO_SLOW = "timed out during startup"
+"""What Ray says where a busy machine takes more than half a minute to start it."""
 PROJECT = Path(__file__).resolve().parents[1]
 LINE_EVERY_SECONDS = 15.0
 
@@ -93,15 +95,22 @@ def ray_session() -> Iterator[str]:
     if not cluster:
         os.environ.update(for_workers)  # inherited; workers that wait in store can't take a job's own settings
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+    settings = {
+        "address": cluster or "local",
+        "include_dashboard": None if cluster else False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": False,
+        "runtime_env": {"env_vars": for_workers} if cluster else None,
+    }
     with _stderr_closed():
-        ray.init(
-            address=cluster or "local",
-            include_dashboard=None if cluster else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-            runtime_env={"env_vars": for_workers} if cluster else None,
-        )
+        try:
+            ray.init(**settings)
+        except Exception as error:  # Ray raises no finer one
+            if TOO_SLOW not in str(error):
+                raise
+            ray.shutdown()
+            ray.init(**settings)
     try:
         yield ray.get_runtime_context().gcs_address
     finally:

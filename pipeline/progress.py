@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 SECONDS_BETWEEN_LINES = 15.0
 """Where there is no terminal, such as in the log of a cluster job."""
@@ -37,13 +37,14 @@ class ShardProgress:
         self.console = console or Console(stderr=True)
         self.started = self.last_line = time.monotonic()
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("shards  {task.fields[values]}  elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            # The first that gives way in a narrow terminal is the bar itself.
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("shards", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[values]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn("ETA", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=self.console,
             disable=not self.console.is_terminal,
         )

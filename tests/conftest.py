@@ -39,6 +39,7 @@ STARTS_MANY_PROCESSES = {
 """Modules whose tests take Ray or ranks and leave nothing to another of their kind."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n 2`, one worker goes through the tests that start many processes while the other does the rest."""
     items.sort(key=lambda item: item.path.stem not in STARTS_MANY_PROCESSES)

@@ -12,10 +12,11 @@ import sysconfig
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import s3fs
 
 READY_SECONDS = 60
@@ -171,8 +172,18 @@ def ray_cluster(folder: Path) -> Iterator[str]:
             time.sleep(0.2)
         yield address
     finally:
-        process.terminate()
-        process.wait(timeout=60)
+        kill_tree(process)
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started, without the half minute that Ray takes to end in peace."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in family:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=20)
 
 
 def _ray() -> str:

@@ -9,9 +9,9 @@ import json
 import os
 import subprocess
 import sysconfig
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from pipeline.ingest.stage import IngestStage
 from pipeline.plan import Resources, ShardTask
 from pipeline.run import run
 from pipeline.store.manifest import ShardRecord
-from tests.servers import free_ports
+from tests.servers import free_ports, kill_tree
 from tests.small_datasets import add_images, contents, folder_config, made
 
 pytestmark = pytest.mark.timeout(900)
@@ -80,7 +80,7 @@ def cluster() -> Iterator[Cluster]:
 
 def made_on(config: DatasetConfig, marks: Path, seconds: float, **resources: Any) -> list[str]:
     """Make the dataset on the Ray that is connected; return the node of every shard that was begun."""
-    marks.mkdir()
+    marks.mkdir(exist_ok=True)
     stage = partial(MarkingStage, config, str(marks), seconds)
     run(replace(plan_dataset(config), make_stage=stage, resources=Resources(**resources)))
     return [path.read_text() for path in marks.iterdir()]
@@ -109,15 +109,16 @@ def test_node_that_vanishes_costs_nothing_but_time(cluster, images, expected, tm
     vanishes = cluster.add_node(num_cpus=1)
     ray.init(cluster.address, log_to_driver=False)
     marks = tmp_path / "marks"
+    marks.mkdir()
 
     def pull_the_plug() -> None:
         wait_until(lambda: any(path.read_text() == vanishes.node_id for path in marks.iterdir()))
         cluster.remove_node(vanishes, allow_graceful=False)
 
-    plug = threading.Thread(target=pull_the_plug)
-    plug.start()
-    nodes = made_on(folder_config(tmp_path / "dataset", images), marks, 1.0, max_actors=2)
-    plug.join()
+    with ThreadPoolExecutor() as threads:
+        plug = threads.submit(pull_the_plug)
+        nodes = made_on(folder_config(tmp_path / "dataset", images), marks, 1.0, max_actors=2)
+        plug.result()
     assert {stays.node_id, vanishes.node_id} == set(nodes)
     assert contents(tmp_path / "dataset") == expected
 
@@ -145,12 +146,20 @@ def growing_cluster(folder: Path) -> Iterator[str]:
         "cluster_name": "growing",
         "max_workers": 2,
         "idle_timeout_minutes": 0.25,
-        "provider": {"type": "fake_multinode"},
+        "provider": {"type": "fake_multinode", "gcs_address": f"{ray.util.get_node_ip_address()}:{port}"},
         "available_node_types": {
             "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
         },
         "head_node_type": "ray.head.default",
+        "upscaling_speed": 1.0,
+        "docker": {},
+        "auth": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+        **{f"{what}_commands": [] for what in ("initialization", "setup", "head_setup", "worker_setup")},
+        **{f"{node}_start_ray_commands": [] for node in ("head", "worker")},
     }
     (folder / "autoscaling.json").write_text(json.dumps(settings))
     command = [str(Path(sysconfig.get_path("scripts")) / "ray"), "start", "--head", "--block", "--num-cpus=0"]
@@ -158,13 +167,13 @@ def growing_cluster(folder: Path) -> Iterator[str]:
     command += ["--include-dashboard=false", f"--autoscaling-config={folder / 'autoscaling.json'}"]
     with (folder / "ray.log").open("wb") as log:
         environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        environment["RAY_AUTH_MODE"] = "disabled"
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         wait_until(lambda: b"Ray runtime started" in (folder / "ray.log").read_bytes())
         yield f"127.0.0.1:{port}"
     finally:
-        process.terminate()
-        process.wait(timeout=60)
+        kill_tree(process)
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 120.0) -> None:

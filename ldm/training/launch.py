@@ -82,7 +82,7 @@ def run_on_ray(
         ),
         run_config=RunConfig(name=name, failure_config=FailureConfig(max_failures=launch.max_failures)),
     )
-    return _watched(trainer.fit, board, watch)
+    return _watched(trainer.fit, board, watch, "the workers finish their step and save")
 
 
 def run_alone_on_ray(worker: Worker, config: Any, launch: LaunchConfig, watch: Callable[[Progress], None]) -> Outcome:
@@ -96,11 +96,14 @@ def run_alone_on_ray(worker: Worker, config: Any, launch: LaunchConfig, watch: C
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     task = ray.remote(num_cpus=launch.cpus_per_worker, num_gpus=launch.gpus_per_worker, max_retries=launch.max_failures)
     begun = task(_work_alone).remote({"worker": worker, "config": config, "board": board, "launch": launch})
-    return _watched(lambda: ray.get(begun), board, watch)
+    return _watched(lambda: ray.get(begun), board, watch, "this is short and is finished first")
 
 
-def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], None]) -> Outcome:
-    """Wait for what was started while showing its news; return the outcome that it left on the board."""
+def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], None], stopping: str) -> Outcome:
+    """Wait for what was started while showing its news; return the outcome that it left on the board.
+
+    After an interrupt it says what is awaited, and what went wrong meanwhile is raised in place of the interrupt.
+    """
     failures: list[BaseException] = []
     # An interrupted `Thread.join` takes the thread for ended while it runs (CPython issue 90882): it is not asked.
     is_over = threading.Event()
@@ -118,12 +121,11 @@ def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], 
     try:
         _watch_until(is_over, board, watch)
     except KeyboardInterrupt:
-        watch(
-            Progress(done=0, total=0, notice="stopping: the workers finish their step and save (again Ctrl-C gives up)")
-        )
+        watch(Progress(done=0, total=0, notice=f"stopping: {stopping} (again Ctrl-C gives up)"))
         ray.get(board.ask_to_stop.remote())
         _watch_until(is_over, board, watch)
-        raise
+        if not failures and not ray.get(board.outcome.remote()):
+            raise
     if failures:
         raise _readable(failures[0]) from failures[0]
     outcome: Outcome = ray.get(board.outcome.remote())
