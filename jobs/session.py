@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -95,7 +95,7 @@ def ray_session() -> Iterator[str]:
     if not cluster:
         os.environ.update(for_workers)  # inherited; workers that wait in store can't take a job's own settings
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
-    settings = {
+    settings: dict[str, Any] = {
         "address": cluster or "local",
         "include_dashboard": None if cluster else False,
         "log_to_driver": False,
