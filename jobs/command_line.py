@@ -132,6 +132,13 @@ def placed(home: str) -> str:
     return str(base / Path(home).expanduser())
 
 
+def kept_here(home: str) -> str:
+    """Return the folder for what stays on this machine: the home itself, or for a URL a local one of its own."""
+    if storage.is_local(home):
+        return home
+    return placed("runs/" + home.partition("://")[2].strip("/").replace("/", "-"))
+
+
 def _common_options(argv: list[str]) -> argparse.Namespace:
     """Read what decides the defaults of everything else; tyro then reads, checks and explains the whole line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -1,7 +1,6 @@
 """The whole pipeline on the embedded default: every job, one after the other, as a person would start them.
 
-python -m jobs.demo [--home DIR]       what is already there is not done again
-One local Ray serves all the jobs, as a cluster would; a job that is started by itself starts its own.
+python -m jobs.demo [--home DIR]: what is there is not done again; one Ray serves all the jobs, as a cluster would.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs.command_line import report_errors
+from jobs.command_line import placed, report_errors
 from jobs.recipes.emoji import sample, train_ldm
 from jobs.session import PROJECT, prepare, ray_session
 from jobs.wiring.process import run_job
@@ -47,12 +45,10 @@ class Demo:
 def main() -> None:
     """Run the jobs; stop at the first that fails, and say how to go on."""
     prepare()
-    home = str(Path(tyro.cli(Demo).home).resolve())
+    home = placed(tyro.cli(Demo).home)
     console = Console()
     seconds: dict[str, float] = {}
     is_done = all(storage.exists(f"{home}/{place}") for place in STAGES.values())
-    if not is_done:
-        console.print("starting Ray")
     with nullcontext("") if is_done else ray_session() as os.environ["RAY_ADDRESS"]:
         for number, job in enumerate(STAGES, start=1):
             console.rule(f"[bold]{number}/{len(STAGES)} jobs/{job}.py", align="left")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command_line import Invocation, from_command_line, placed, report_errors
+from jobs.command_line import Invocation, from_command_line, kept_here, placed, report_errors
 from ldm.config import Config
 
 
@@ -249,3 +249,10 @@ def test_a_home_is_absolute_a_url_stays_and_a_submitted_job_counts_from_the_user
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert placed("runs/x") == str(tmp_path / "runs" / "x")
     assert placed("/data/x") == "/data/x"
+
+
+def test_what_stays_on_this_machine_has_a_folder_of_its_own_for_every_home() -> None:
+    assert kept_here("/data/x") == "/data/x"
+    there = [kept_here(home) for home in ("s3://bucket/one", "s3://bucket/two", "s3://other/one")]
+    assert len({*there}) == 3
+    assert all(Path(folder).parent == Path.cwd() / "runs" for folder in there)

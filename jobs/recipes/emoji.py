@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from jobs.command_line import placed
+from jobs.command_line import kept_here
 from jobs.wiring.evaluate import EvaluateConfig
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.shard_dataset import ShardDatasetConfig
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import PreviewConfig, TrainLdmConfig
-from ldm import storage
 from ldm.autoencoder import zoo as autoencoders
 from ldm.conditioning.text import TextEncoderConfig
 from ldm.diffusion.schedule import ScheduleConfig
@@ -148,9 +145,10 @@ def sample(home: str) -> SampleConfig:
 
 def _record(home: str, name: str) -> str:
     """The record stays on this machine, whatever the home is."""
-    return join(home if storage.is_local(home) else placed("runs/emoji"), "records", name)
+    return join(kept_here(home), "records", name)
 
 
 def _tracking(home: str) -> TrackingConfig:
-    database = Path(home if storage.is_local(home) else placed("runs/emoji")) / "mlflow.db"
-    return TrackingConfig(uri=f"sqlite:///{database}", experiment="emoji", model_name="emoji-text-to-image")
+    return TrackingConfig(
+        uri=f"sqlite:///{kept_here(home)}/mlflow.db", experiment="emoji", model_name="emoji-text-to-image"
+    )

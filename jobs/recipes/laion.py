@@ -6,7 +6,7 @@ Diffusion 1's, at 256 pixels.
 
 from __future__ import annotations
 
-from jobs.command_line import placed
+from jobs.command_line import kept_here
 from jobs.wiring.evaluate import EvaluateConfig, GateConfig
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.shard_dataset import ShardDatasetConfig
@@ -49,7 +49,6 @@ PROMPTS = (
 TRACKING = TrackingConfig(uri="http://mlflow:5000", experiment="laion", model_name="laion-text-to-image")
 VGG_WEIGHTS = "weights/vgg16-397923af.pth"
 """torchvision's VGG-16, which a person puts under the home folder once."""
-RECORDS = placed("runs/laion/records")
 WORKERS = 8
 
 
@@ -57,7 +56,7 @@ def shard_dataset(home: str) -> ShardDatasetConfig:
     """LAION parquet of addresses and captions → 256 px jpg tars in object storage, safe and without copies."""
     return ShardDatasetConfig(
         root=join(home, "dataset"),
-        record=join(RECORDS, "dataset"),
+        record=join(kept_here(home), "records", "dataset"),
         source=UrlTableConfig(folder=join(home, "metadata"), attribute_columns=laion_columns()),
         picture=PictureConfig(image_size=256),
         filters=FilterConfig(rules=laion_safety(), min_side=256, max_aspect=3.0, min_caption_chars=5),
@@ -70,7 +69,7 @@ def train_autoencoder(home: str) -> TrainAutoencoderConfig:
     """The paper's kl-f8 from scratch; most runs take the pretrained one instead."""
     return TrainAutoencoderConfig(
         root=join(home, "autoencoder"),
-        record=join(RECORDS, "autoencoder"),
+        record=join(kept_here(home), "records", "autoencoder"),
         dataset=join(home, "dataset"),
         autoencoder=autoencoders.kl_f8(),
         loss=ReconstructionConfig(
@@ -112,7 +111,7 @@ def train_ldm(home: str) -> TrainLdmConfig:
     """Stable Diffusion 1's denoiser on eight GPUs, ZeRO-2, bf16."""
     return TrainLdmConfig(
         root=join(home, "ldm"),
-        record=join(RECORDS, "ldm"),
+        record=join(kept_here(home), "records", "ldm"),
         latents=join(home, "latents"),
         autoencoder=AUTOENCODER,
         text=TEXT,
@@ -141,7 +140,7 @@ def evaluate(home: str) -> EvaluateConfig:
     """10,000 held-out captions, and the denoising loss."""
     return EvaluateConfig(
         root=join(home, "ldm"),
-        record=join(RECORDS, "ldm"),
+        record=join(kept_here(home), "records", "ldm"),
         dataset=join(home, "dataset"),
         latents=join(home, "latents"),
         protocol=EvaluationProtocol(num_images=10_000, image_size=256, sampler=SAMPLER, guidance_scale=3.0),
@@ -156,7 +155,7 @@ def sample(home: str) -> SampleConfig:
     """A grid of prompts x guidance scales."""
     return SampleConfig(
         root=join(home, "samples"),
-        record=join(RECORDS, "ldm"),
+        record=join(kept_here(home), "records", "ldm"),
         model=join(home, "ldm", "model"),
         prompts=PROMPTS,
         sampler=SAMPLER,
