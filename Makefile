@@ -22,7 +22,7 @@ demo: $(INSTALLED) ## data, autoencoder, latents, diffusion, evaluation, picture
 	$(PY) -m jobs.demo
 
 test: $(INSTALLED) ## all tests but the slow ones
-	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
+	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
 
 check: $(INSTALLED) ## lint, format, types
 	$(VENV)/bin/ruff check .

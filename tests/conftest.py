@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import shape_checks
 from tests.servers import S3Server, s3_server
@@ -39,13 +42,24 @@ STARTS_MANY_PROCESSES = {
 """Modules whose tests take Ray or ranks and leave nothing to another of their kind."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class OneAtATime(LoadScopeScheduling):
+    """With `-n 2`, one worker goes through the tests that start many processes while the other does the rest.
+
+    xdist's own groups do not reach it: it reads them from a private name that pytest 9.2 has given up.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = Path(nodeid.partition("::")[0]).stem
+        return "processes" if module in STARTS_MANY_PROCESSES else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneAtATime:
+    return OneAtATime(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2`, one worker goes through the tests that start many processes while the other does the rest."""
+    """Begin with what takes longest."""
     items.sort(key=lambda item: item.path.stem not in STARTS_MANY_PROCESSES)
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("processes" if name in STARTS_MANY_PROCESSES else name))
 
 
 @pytest.fixture(scope="session")
