@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from PIL import Image
@@ -16,7 +17,10 @@ from PIL import Image
 from pipeline.ingest import duplicates
 from pipeline.ingest.config import DatasetConfig
 from pipeline.ingest.dataset import make_dataset, plan_dataset
-from pipeline.ingest.duplicates import DuplicateConfig, find_duplicates, shuffle_here
+from pipeline.ingest.duplicates import DuplicateConfig
+from pipeline.ingest.exchange import Exchange, shuffle_here
+from pipeline.ingest.fates import find_duplicates
+from pipeline.ingest.settling import LedgerPlace, find_fallen
 from pipeline.plan import missing
 from pipeline.run import run, shuffle
 from pipeline.sources.dataset import FinishedDatasetConfig
@@ -76,6 +80,7 @@ def fingerprints(count: int) -> list[pa.Table]:
         {
             "generation": int(dice.integers(0, 3)),
             "key": f"{number:024x}",
+            "place": f"train/{number % 9:06d}",
             "payload_sha256": f"{dice.integers(0, count):064x}",
             "pixel_sha256": f"{number + 2**40:064x}",
             "perceptual_hash": hashes[dice.integers(0, 40)] ^ (1 << int(dice.integers(0, 63))),
@@ -88,12 +93,13 @@ def fingerprints(count: int) -> list[pa.Table]:
     return [pa.Table.from_pylist(rows[start::5], schema=duplicates.FINGERPRINTS) for start in range(5)]
 
 
-def test_shuffle_by_ray_finds_what_the_one_in_this_process_finds(local_ray):
+def test_steps_by_ray_find_what_those_in_this_process_find(local_ray, tmp_path):
     tables = fingerprints(300)
-    here, there = (
-        find_duplicates(tables, NEAR, shuffle=each, num_groups=groups)
-        for each, groups in ((shuffle_here, 3), (shuffle, 7))
-    )
+    found = {}
+    for each, rows_per_group in ((shuffle_here, 300), (shuffle, 200)):
+        files = find_duplicates(tables, 300, NEAR, Exchange(str(tmp_path / each.__module__), each, rows_per_group))
+        found[each.__module__] = sorted(str(line) for part in files for line in part.to_pylist())
+    here, there = found.values()
     assert len(here) > 50
     assert here == there
 
@@ -102,6 +108,25 @@ def test_shuffle_by_ray_of_nothing_yields_nothing(local_ray):
     empty = [duplicates.FINGERPRINTS.empty_table()] * 2
     step = partial(duplicates.spread, config=NEAR), partial(duplicates.gather, config=NEAR)
     assert list(shuffle(empty, *step, 3)) == []
+
+
+def test_the_rows_that_fall_do_not_depend_on_how_many_one_process_holds(local_ray, images, tmp_path):
+    """All rows in one group of this process; a few in each of Ray's."""
+    config = near_config(tmp_path / "dataset", images)
+    plan = plan_dataset(config)
+    assert plan.prepare is not None
+    plan.prepare(missing(plan))
+    staging = tmp_path / "dataset" / "staging"
+    places = [
+        LedgerPlace(root=str(staging), place=f"{path.parent.name}/{path.name.partition('.')[0]}", generation=0)
+        for path in sorted(staging.glob("*/*.ledger.parquet"))
+    ]
+    tables = staging / "steps" / "fallen"
+    together = {path.relative_to(tables): path.read_bytes() for path in tables.rglob("*.parquet")}
+    find_fallen(config, str(staging), places, 16, shuffle, rows_per_group=10)
+    assert len(list((staging / "steps" / "pairs").rglob("*.parquet"))) > 3
+    assert {path.relative_to(tables): path.read_bytes() for path in tables.rglob("*.parquet")} == together
+    assert sum(map(len, map(pq.read_table, tables.rglob("*.parquet")))) == 4
 
 
 def test_copies_fall_and_the_first_in_order_stays(unique):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,21 +15,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.ingest.duplicates import (
-    FINGERPRINTS,
-    Duplicate,
-    DuplicateConfig,
-    Gather,
-    Spread,
-    find_duplicates,
-    gather,
-    settle,
-    shuffle_here,
-    spread,
-)
+from pipeline.ingest.duplicates import FINGERPRINTS, DuplicateConfig, gather, spread
+from pipeline.ingest.exchange import Exchange, Gather, Shuffle, Spread, shuffle_here
+from pipeline.ingest.fates import find_duplicates
 from pipeline.ingest.hash_pairs import Cut, band_masks, close_pairs
 
 ALL_BITS = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Why a row is left out: the key of the row that stays, the status, and the detail."""
+
+    of: str
+    reason: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Row:
     payload: str
     pixels: str
     hash: int | None
+
+    @property
+    def place(self) -> str:
+        return f"train/{int(self.key[:8], 16) % 7:06d}"
 
     @property
     def order(self) -> tuple[int, str]:
@@ -53,15 +58,34 @@ def picture(key: str, content: object, encoding: int = 0, hash: int | None = Non
 
 
 def table(rows: Sequence[Row]) -> pa.Table:
-    lines = [(row.generation, row.key, row.payload, row.pixels, row.hash) for row in rows]
+    lines = [(row.generation, row.key, row.place, row.payload, row.pixels, row.hash) for row in rows]
     columns = zip(*lines, strict=True) if lines else ((),) * len(FINGERPRINTS)
     return pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, FINGERPRINTS, strict=True)], schema=FINGERPRINTS
     )
 
 
-def found(rows: Sequence[Row], config: DuplicateConfig, num_groups: int = 4) -> dict[str, Duplicate]:
-    return find_duplicates([table(rows)], config, num_groups=num_groups)
+def found(
+    rows: Sequence[Row], config: DuplicateConfig, shuffle: Shuffle = shuffle_here, cuts: int = 1, group: int = 9
+) -> dict[str, Duplicate]:
+    """Run the search on rows in so many tables, with so many rows in a group."""
+    return found_in([table(rows[first::cuts]) for first in range(cuts)], config, shuffle, group)
+
+
+def found_in(tables: Sequence[pa.Table], config: DuplicateConfig, shuffle: Shuffle, group: int) -> dict[str, Duplicate]:
+    with tempfile.TemporaryDirectory() as folder:
+        exchange = Exchange(folder, shuffle, rows_per_group=group)
+        files = find_duplicates(tables, sum(map(len, tables)), config, exchange)
+        lines = [line for part in files for line in part.to_pylist()]
+    assert len(lines) == files.num_rows
+    place_of = {row["key"]: row["place"] for part in tables for row in part.to_pylist()}
+    assert {line["key"]: line["place"] for line in lines} == {line["key"]: place_of[line["key"]] for line in lines}
+    assert len({line["key"] for line in lines}) == len(lines), "a row falls once"
+    return {line["key"]: Duplicate(line["survivor"], line["reason"], line["detail"]) for line in lines}
+
+
+def bits(apart: int) -> str:
+    return f"{apart} bits apart" if apart else ""
 
 
 def likeness(one: Row, other: Row, config: DuplicateConfig) -> tuple[str, int] | None:
@@ -85,7 +109,7 @@ def by_comparing_all(rows: Sequence[Row], config: DuplicateConfig) -> dict[str, 
             stays.append(row)
         else:
             other, (reason, apart) = alike
-            falls[row.key] = Duplicate(of=other.key, reason=reason, distance=apart)
+            falls[row.key] = Duplicate(of=other.key, reason=reason, detail=bits(apart))
     return falls
 
 
@@ -115,11 +139,10 @@ def test_duplicates_are_those_that_comparing_every_row_with_every_row_finds(rows
 
 
 @settings(max_examples=60, deadline=None)
-@given(datasets(), CONFIGS, st.randoms(use_true_random=False), st.integers(1, 6), st.integers(1, 9))
-def test_duplicates_are_the_same_however_rows_are_ordered_cut_and_dealt(rows, config, chance, num_tables, num_groups):
-    expected = found(rows, config)
+@given(datasets(), CONFIGS, st.randoms(use_true_random=False), st.integers(1, 6), st.integers(1, 200))
+def test_duplicates_are_the_same_however_rows_are_ordered_cut_and_dealt(rows, config, chance, num_tables, group):
+    expected = found(rows, config, group=10**6)
     mixed = chance.sample(rows, len(rows))
-    tables = [table(mixed[first::num_tables]) for first in range(num_tables)]
 
     def shuffle_backwards(
         tables: Sequence[pa.Table], spread: Spread, gather: Gather, num_groups: int
@@ -130,37 +153,37 @@ def test_duplicates_are_the_same_however_rows_are_ordered_cut_and_dealt(rows, co
         for group in sorted({row["group"] for row in rows}, reverse=True):
             yield gather(pa.Table.from_pylist([row for row in rows if row["group"] == group], schema=schema))
 
-    assert find_duplicates(tables, config, shuffle_here, num_groups) == expected
-    assert find_duplicates(tables, config, shuffle_backwards, num_groups) == expected
+    assert found(mixed, config, shuffle_here, num_tables, group) == expected
+    assert found(mixed, config, shuffle_backwards, num_tables, group) == expected
 
 
 def test_the_survivor_is_the_first_in_order_of_generation_then_key():
-    rows = [picture("a", "dog", generation=1), picture("z", "dog", generation=0), picture("b", "dog", generation=1)]
+    rows = [picture("a", "dog", generation=1), picture("f", "dog", generation=0), picture("b", "dog", generation=1)]
     assert found(rows, DuplicateConfig()) == {
-        "a": Duplicate("z", "duplicate_bytes", 0),
-        "b": Duplicate("z", "duplicate_bytes", 0),
+        "a": Duplicate("f", "duplicate_bytes", ""),
+        "b": Duplicate("f", "duplicate_bytes", ""),
     }
 
 
 def test_a_row_that_fell_takes_nobody_with_it():
     chain = [picture(key, key, hash=value) for key, value in [("a", 0b000000), ("b", 0b000111), ("c", 0b111111)]]
-    assert found(chain, DuplicateConfig(near_distance=3)) == {"b": Duplicate("a", "near_duplicate", 3)}
+    assert found(chain, DuplicateConfig(near_distance=3)) == {"b": Duplicate("a", "near_duplicate", bits(3))}
 
 
 def test_what_equals_a_fallen_row_falls_for_the_same_row():
     rows = [picture("a", "dog", hash=0), picture("b", "dog again", hash=1), picture("c", "dog again", hash=1)]
     assert found(rows, DuplicateConfig(near_distance=1)) == {
-        "b": Duplicate("a", "near_duplicate", 1),
-        "c": Duplicate("a", "near_duplicate", 1),
+        "b": Duplicate("a", "near_duplicate", bits(1)),
+        "c": Duplicate("a", "near_duplicate", bits(1)),
     }
-    assert found(rows, DuplicateConfig()) == {"c": Duplicate("b", "duplicate_bytes", 0)}
+    assert found(rows, DuplicateConfig()) == {"c": Duplicate("b", "duplicate_bytes", "")}
 
 
 def test_equal_pixels_of_other_bytes_are_named_so():
     rows = [picture("a", "dog", encoding=1), picture("b", "dog", encoding=2), picture("c", "dog", encoding=2)]
     assert found(rows, DuplicateConfig()) == {
-        "b": Duplicate("a", "duplicate_pixels", 0),
-        "c": Duplicate("a", "duplicate_pixels", 0),
+        "b": Duplicate("a", "duplicate_pixels", ""),
+        "c": Duplicate("a", "duplicate_pixels", ""),
     }
 
 
@@ -171,7 +194,7 @@ def test_pictures_without_a_hash_or_a_digest_are_not_copies_of_each_other():
 
 @pytest.mark.parametrize("config", [DuplicateConfig(), DuplicateConfig(near_distance=4)])
 def test_no_rows_have_no_duplicates(config):
-    assert find_duplicates([], config) == {}
+    assert found_in([], config, shuffle_here, 9) == {}
     assert found([], config) == {}
 
 
@@ -198,6 +221,7 @@ def test_a_picture_that_occurs_a_hundred_thousand_times_is_compared_as_one():
         [
             [0] * num_copies,
             [f"{i:024x}" for i in range(num_copies)],
+            ["train/000000"] * num_copies,
             [content] * num_copies,
             [pixels] * num_copies,
             [12345] * num_copies,
@@ -211,9 +235,9 @@ def test_a_picture_that_occurs_a_hundred_thousand_times_is_compared_as_one():
         )
     )
     assert len(edges) == 3 * (num_copies - 1)
-    fallen = settle(edges)
+    fallen = found_in([copies], config, shuffle_here, 100_000)
     assert len(fallen) == num_copies - 1
-    assert set(fallen.values()) == {Duplicate("0" * 24, "duplicate_bytes", 0)}
+    assert set(fallen.values()) == {Duplicate("0" * 24, "duplicate_bytes", "")}
 
 
 def test_pairs_of_a_crowded_bucket_are_those_of_comparing_each_with_each():
@@ -251,10 +275,10 @@ def test_no_pair_at_the_full_distance_is_missed():
             value = chance.getrandbits(64)
             flipped = value ^ sum(1 << place for place in chance.sample(range(64), distance))
             rows += [
-                picture(f"a{number:05}", ("a", number), hash=value),
-                picture(f"b{number:05}", ("b", number), hash=flipped),
+                picture(f"a{number:07}", ("a", number), hash=value),
+                picture(f"b{number:07}", ("b", number), hash=flipped),
             ]
-        fallen = found(rows, DuplicateConfig(near_distance=distance))
+        fallen = found(rows, DuplicateConfig(near_distance=distance), group=4_000)
         assert fallen == {
-            f"b{number:05}": Duplicate(f"a{number:05}", "near_duplicate", distance) for number in range(500)
+            f"b{number:07}": Duplicate(f"a{number:07}", "near_duplicate", bits(distance)) for number in range(500)
         }

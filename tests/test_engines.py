@@ -106,10 +106,16 @@ def resume_and_save(world: World, stages: list[int | None], folder: Path) -> Non
         train_steps(resumed, world, range(3, STEPS))
         left, right = unbroken.weights(), resumed.weights()
         assert all(torch.equal(left[name], right[name]) for name in left), f"averages differ under {stage}"
-        pairs = zip(unbroken.raw.parameters(), resumed.raw.parameters(), strict=True)
-        for mine, other in pairs:
-            mine, other = (getattr(weight, "ds_tensor", weight) for weight in (mine, other))
-            assert torch.equal(mine, other), f"weights differ under {stage}"
+        for mine, other in zip(unbroken.raw.parameters(), resumed.raw.parameters(), strict=True):
+            assert torch.equal(held(mine, world), held(other, world)), f"weights differ under {stage}"
+
+
+def held(weight: Tensor, world: World) -> Tensor:
+    """Return what this rank holds of a weight; the last slice of ZeRO-3 is filled up with memory as it was found."""
+    if not hasattr(weight, "ds_tensor"):
+        return weight
+    part: Tensor = weight.ds_tensor
+    return part[: max(0, weight.ds_numel - world.rank * len(part))]  # type: ignore[attr-defined]
 
 
 def test_a_resumed_engine_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -> None:

@@ -122,8 +122,12 @@ def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], 
         _watch_until(is_over, board, watch)
     except KeyboardInterrupt:
         watch(Progress(done=0, total=0, notice=f"stopping: {stopping} (again Ctrl-C gives up)"))
-        ray.get(board.ask_to_stop.remote())
-        _watch_until(is_over, board, watch)
+        try:
+            ray.get(board.ask_to_stop.remote())
+            _watch_until(is_over, board, watch)
+        except KeyboardInterrupt:
+            watch(Progress(done=0, total=0, notice="given up: nothing more was saved than what was there before"))
+            raise
         if not failures and not ray.get(board.outcome.remote()):
             raise
     if failures:

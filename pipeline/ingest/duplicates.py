@@ -1,26 +1,21 @@
-"""Which rows are copies of others, over all shards and earlier runs: equal bytes, equal pixels, or nearly equal hashes.
+"""Which rows are copies of each other, over all shards and earlier runs: equal bytes, pixels, or nearly equal hashes.
 
-    fingerprints (generation, key, payload_sha256, pixel_sha256, perceptual_hash)
+    fingerprints (generation, key, place, payload_sha256, pixel_sha256, perceptual_hash)
       → spread: each row to the groups of its bytes, of its pixels, and of each of the k + 1 bands of its hash
       → gather: within a group, pairs of copies, the earlier row first                     (the only step that compares)
-      → settle: in order (generation, key), each row falls or stays; who falls, and for whom
 
-The law: a row falls if a row that stays, and stands before it in order (generation, key), has the same bytes, the same
-pixels, or a hash within k bits; `duplicate_of` is the first such row. Nearness is not handed on: a row that fell takes
-nobody with it (of a ~ b ~ c with a far from c, a and c stay). Equality is: what equals a fallen row falls for the same
-row. A picture that stands there 100,000 times is compared as one, and a crowded band is cut again (`hash_pairs`).
-Pictures without a hash (`fingerprints.LOW_INFORMATION`) are compared by bytes and by pixels alone.
+Who falls follows from the pairs (`fates`). A picture that stands there 100,000 times is compared as one, and a crowded
+band is cut again (`hash_pairs`). Pictures without a hash (`fingerprints.LOW_INFORMATION`) are compared by bytes and by
+pixels alone.
 
 Equal bytes must come with equal pixels, and equal pixels with an equal hash: each is a function of the one before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import partial
-from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +33,7 @@ FINGERPRINTS = pa.schema(
     [
         ("generation", pa.int32()),
         ("key", pa.string()),
+        ("place", pa.string()),
         ("payload_sha256", pa.string()),
         ("pixel_sha256", pa.string()),
         ("perceptual_hash", pa.uint64()),
@@ -52,6 +48,7 @@ SPREAD = pa.schema(
         ("low", pa.uint64()),
         ("generation", pa.int32()),
         ("key", pa.string()),
+        ("place", pa.string()),
         ("perceptual_hash", pa.uint64()),
     ]
 )
@@ -60,8 +57,10 @@ EDGES = pa.schema(
     [
         ("earlier_generation", pa.int32()),
         ("earlier", pa.string()),
+        ("earlier_place", pa.string()),
         ("later_generation", pa.int32()),
         ("later", pa.string()),
+        ("later_place", pa.string()),
         ("likeness", pa.int8()),
         ("distance", pa.int8()),
     ]
@@ -69,16 +68,10 @@ EDGES = pa.schema(
 """What `gather` writes: two rows that are copies of each other, a `Likeness`, and the bits that their hashes differ in;
 distance 0 says that they are equal in what was compared."""
 
-_ENDS = ("earlier", "later")
+_NAMING = ("generation", "key", "place")
 _ALL_BITS = 2**HASH_BITS - 1
 _DIGEST_DIGITS = 32
 """Hex digits of a digest that are compared: 128 bits, so that no two of 10^12 pictures meet."""
-
-Spread: TypeAlias = Callable[[pa.Table, int], pa.Table]
-Gather: TypeAlias = Callable[[pa.Table], pa.Table]
-Shuffle: TypeAlias = Callable[[Sequence[pa.Table], Spread, Gather, int], Iterator[pa.Table]]
-"""Runs spread over tables of fingerprints, brings each of so many groups together, and yields what gather makes of
-each."""
 
 
 class Likeness(IntEnum):
@@ -119,49 +112,6 @@ class DuplicateConfig(Config):
         return self.exact or self.near_distance is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Duplicate:
-    """Why a row is left out.
-
-    Attributes:
-        of: key of the row that stays in its place.
-        reason: the row's status, "duplicate_bytes", "duplicate_pixels" or "near_duplicate".
-        distance: bits that the two hashes differ in; 0 for exact copies.
-    """
-
-    of: str
-    reason: str
-    distance: int
-
-
-def find_duplicates(
-    tables: Sequence[pa.Table], config: DuplicateConfig, shuffle: Shuffle | None = None, num_groups: int = 16
-) -> dict[str, Duplicate]:
-    """Return the keys of the rows that fall, each with the row that it falls for.
-
-    Args:
-        tables: fingerprints, cut and ordered anyhow.
-        config: what counts as a copy.
-        shuffle: who carries the groups together; None for this process.
-        num_groups: groups to bring together; a worker holds about (k + 3) / num_groups times all rows at once.
-    """
-    if not config.is_on:
-        return {}
-    step = shuffle_here if shuffle is None else shuffle
-    edges = list(step(tables, partial(spread, config=config), partial(gather, config=config), num_groups))
-    return settle(pa.concat_tables(edges) if edges else EDGES.empty_table())
-
-
-def shuffle_here(tables: Sequence[pa.Table], spread: Spread, gather: Gather, num_groups: int) -> Iterator[pa.Table]:
-    """Bring the groups together in this process, one after the other: the reference for every other `Shuffle`."""
-    spread_out = pa.concat_tables([SPREAD.empty_table(), *(spread(table, num_groups) for table in tables)])
-    ordered = spread_out.sort_by("group")
-    bounds = np.searchsorted(ordered["group"].to_numpy(), np.arange(num_groups + 1))
-    for low, high in zip(bounds, bounds[1:], strict=False):
-        if high > low:
-            yield gather(ordered.slice(low, high - low))
-
-
 def spread(table: pa.Table, num_groups: int, config: DuplicateConfig) -> pa.Table:
     """Return each fingerprint once for each thing that it may share with a copy, with the group that decides it."""
     parts = [SPREAD.empty_table()]
@@ -177,14 +127,14 @@ def spread(table: pa.Table, num_groups: int, config: DuplicateConfig) -> pa.Tabl
 
 
 def gather(group: pa.Table, config: DuplicateConfig) -> pa.Table:
-    """Return the pairs of copies in one group; the order of its rows is of no matter.
+    """Return the pairs of copies in one group, `EDGES`; the order of its rows is of no matter.
 
     Copies that are equal in something all hang on the first of them, so there are fewer such pairs than rows; hashes
     that differ are compared once for all rows that share them.
     """
     rows = group.sort_by([(name, "ascending") for name in ("kind", "high", "low", "generation", "key")])
     kind, high, low = (rows[name].to_numpy() for name in ("kind", "high", "low"))
-    bucket = _first_of_run(kind, high, low)
+    bucket = first_of_run(kind, high, low)
     is_exact = kind < _FIRST_BAND
     parts = [_hang_on_the_first(rows, np.flatnonzero(is_exact), bucket[is_exact], kind[is_exact])]
     if config.near_distance is not None:
@@ -192,46 +142,6 @@ def gather(group: pa.Table, config: DuplicateConfig) -> pa.Table:
             members = np.flatnonzero(kind == _FIRST_BAND + band)
             parts += _near(rows, members, bucket[members], cut, config.near_distance)
     return pa.concat_tables(parts)
-
-
-def settle(edges: pa.Table) -> dict[str, Duplicate]:
-    """Return who falls and for whom, from all pairs of copies, in whatever order they come.
-
-    Rows are judged in order (generation, key), so when a row's turn comes, those before it are decided. Takes memory
-    in proportion to the pairs, not to the rows.
-    """
-    keys, earlier, later = _numbered(edges)
-    likeness, distance = edges["likeness"].to_numpy(), edges["distance"].to_numpy()
-    order = np.lexsort((likeness, earlier, later))
-    pairs = zip(*(column[order].tolist() for column in (earlier, later, likeness, distance)), strict=True)
-    fallen: dict[int, tuple[int, int, int]] = {}
-    for before, after, alike, apart in pairs:
-        claim = _claim(before, alike, apart, fallen.get(before))
-        if claim is not None and claim < fallen.get(after, (after,)):
-            fallen[after] = claim
-    return {
-        keys[row]: Duplicate(of=keys[stays], reason=Likeness(alike).reason, distance=apart)
-        for row, (stays, alike, apart) in fallen.items()
-    }
-
-
-def _claim(before: int, alike: int, apart: int, fate: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-    """Return the row that a copy of `before` falls for, how alike they are and their distance; None if it need not."""
-    if fate is None:
-        return before, alike, apart
-    if apart:
-        return None
-    stays, fallen_alike, fallen_apart = fate
-    return stays, max(alike, fallen_alike), fallen_apart
-
-
-def _numbered(edges: pa.Table) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
-    """Return all keys in order (generation, key), and both ends of each pair as their numbers."""
-    ends = [edges.select([f"{end}_generation", end]).rename_columns(["generation", "key"]) for end in _ENDS]
-    nodes = pa.concat_tables(ends).group_by(["generation", "key"]).aggregate([])
-    keys = nodes.sort_by([("generation", "ascending"), ("key", "ascending")])["key"].combine_chunks()
-    earlier, later = (pc.index_in(edges[end], value_set=keys).to_numpy().astype(np.int64) for end in _ENDS)
-    return keys.to_pylist(), earlier, later
 
 
 def _whole() -> Cut:
@@ -259,7 +169,7 @@ def _spread_rows(
         "kind": np.full(len(table), kind, np.int8),
         "high": high,
         "low": low,
-        **{name: table[name] for name in ("generation", "key", "perceptual_hash")},
+        **{name: table[name] for name in (*_NAMING, "perceptual_hash")},
     }
     return pa.table(columns, schema=SPREAD)
 
@@ -271,7 +181,7 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return words ^ (words >> np.uint64(31))
 
 
-def _first_of_run(*columns: NDArray[np.generic]) -> NDArray[np.int64]:
+def first_of_run(*columns: NDArray[np.generic]) -> NDArray[np.int64]:
     """Return for each row of sorted columns the first row that equals it in all of them."""
     num_rows = len(columns[0])
     is_first = np.zeros(num_rows, bool)
@@ -298,7 +208,7 @@ def _near(
     hashes = rows["perceptual_hash"].take(pa.array(members)).to_numpy()
     order = np.lexsort((members, hashes, bucket))
     members, hashes, bucket = members[order], hashes[order], bucket[order]
-    first = _first_of_run(bucket, hashes)
+    first = first_of_run(bucket, hashes)
     if not cut.unlike:
         yield _hang_on_the_first(rows, members, members[first], np.full(len(members), Likeness.NEAR, np.int8))
     distinct = np.flatnonzero(first == np.arange(len(first)))
@@ -315,6 +225,6 @@ def _edges(
     likeness: NDArray[np.int8],
     distance: NDArray[np.int8],
 ) -> pa.Table:
-    ends = rows.select(["generation", "key"])
+    ends = rows.select(list(_NAMING))
     columns = [*ends.take(pa.array(earlier)).columns, *ends.take(pa.array(later)).columns]
     return pa.table([*columns, pa.array(likeness), pa.array(distance)], schema=EDGES)

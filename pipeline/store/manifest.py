@@ -192,7 +192,10 @@ def load_manifest(root: str) -> Manifest:
     """
     path = join(root, MANIFEST_NAME)
     if not exists(path):
-        raise ValueError(f"{root} holds no {MANIFEST_NAME}: it was never finished, or the path is wrong")
+        raise ValueError(
+            f"{root} holds no {MANIFEST_NAME}: the job that fills it (jobs.shard_dataset for a dataset, "
+            "jobs.precompute_latents for latents) has not ended, or the path is wrong"
+        )
     manifest = Manifest.from_dict(json.loads(read_bytes(path)))
     if manifest.version != SCHEMA_VERSION:
         raise ValueError(f"{path} has schema version {manifest.version}, this code reads {SCHEMA_VERSION}")
