@@ -1,16 +1,18 @@
 """Encodes a dataset once into cached latents and text embeddings, each shard proven by decoding some rows again.
 
-python -m jobs.precompute_latents [RECIPE] [--home DIR] [--dry-run] [--any.field value ...]
+python -m jobs.precompute_latents [RECIPE] [--home DIR] [--dry-run] [--verify] [--any.field value ...]
 """
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 
 from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import PRECOMPUTE_LATENTS
 from jobs.session import prepare, ray_session
-from pipeline.encode import plan_latents
+from jobs.wiring.precompute_latents import verified
+from pipeline.latent_plan import plan_latents
 from pipeline.plan import describe, missing
 from pipeline.run import run
 
@@ -20,6 +22,8 @@ def main() -> None:
     """Make the shards that are missing."""
     prepare()
     asked = from_command_line("precompute_latents", PRECOMPUTE_LATENTS)
+    if asked.config.verify:
+        sys.exit(verified(asked.config))
     plan = plan_latents(asked.config)
     if asked.dry_run:
         print(describe(plan))

@@ -1,4 +1,4 @@
-"""Mean and deviation of raw latents over a whole cache, merged from shards whichever worker made them.
+"""Mean, deviation and range of raw latents over a whole cache, merged from shards whichever worker made them.
 
 A raw latent is  z = mean + exp(logvar / 2) noise,  so over all positions
     E[z] = E[mean]        Var(z) = Var(mean) + E[exp(logvar)]
@@ -23,6 +23,8 @@ from ldm.autoencoder.regularizer import LOG_VARIANCE_RANGE
 CHUNK_ROWS = 256
 """Rows summed at once; fixed, so that the sums do not depend on the encoder's batch size."""
 
+_ARRAYS = ("mean", "squares", "variances", "lowest", "highest")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MomentStatistics:
@@ -33,12 +35,16 @@ class MomentStatistics:
         mean: mean of the posterior's mean.
         squares: sum of squared deviations of the posterior's mean from `mean`.
         variances: sum of the posterior's variances.
+        lowest: least value of the posterior's mean.
+        highest: greatest value of the posterior's mean.
     """
 
     count: int
     mean: Float64[np.ndarray, " c"]
     squares: Float64[np.ndarray, " c"]
     variances: Float64[np.ndarray, " c"]
+    lowest: Float64[np.ndarray, " c"]
+    highest: Float64[np.ndarray, " c"]
 
     @property
     def std(self) -> Float64[np.ndarray, " c"]:
@@ -48,23 +54,50 @@ class MomentStatistics:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `from_dict` reads back exactly."""
-        return {
-            "count": self.count,
-            "mean": self.mean.tolist(),
-            "squares": self.squares.tolist(),
-            "variances": self.variances.tolist(),
-        }
+        return {"count": self.count, **{name: getattr(self, name).tolist() for name in _ARRAYS}}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> MomentStatistics:
         """Return the statistics that `to_dict` described."""
-        arrays = {name: np.array(raw[name], np.float64) for name in ("mean", "squares", "variances")}
+        arrays = {name: np.array(raw[name], np.float64) for name in _ARRAYS}
         return cls(count=int(raw["count"]), **arrays)
+
+
+class StatisticsBuilder:
+    """Sums up moments as they come, the same whatever the batches: always chunks of `CHUNK_ROWS` rows."""
+
+    def __init__(self) -> None:
+        """Begin with no row."""
+        self._waiting: list[Float16[np.ndarray, "b m h w"]] = []
+        self._num_waiting = 0
+        self._chunks: list[MomentStatistics] = []
+
+    def add(self, moments: Float16[np.ndarray, "b m h w"]) -> None:
+        """Take KL moments as they are stored."""
+        while len(moments):
+            space = CHUNK_ROWS - self._num_waiting
+            self._waiting.append(moments[:space])
+            self._num_waiting += len(moments[:space])
+            moments = moments[space:]
+            if self._num_waiting == CHUNK_ROWS:
+                self._sum_up()
+
+    def total(self) -> MomentStatistics:
+        """Return the statistics of all rows, of which there must be some."""
+        if self._num_waiting:
+            self._sum_up()
+        return merged(self._chunks)
+
+    def _sum_up(self) -> None:
+        self._chunks.append(_chunk(np.concatenate(self._waiting)))
+        self._waiting, self._num_waiting = [], 0
 
 
 def statistics_of(moments: Float16[np.ndarray, "b m h w"]) -> MomentStatistics:
     """Return the statistics of KL moments as they are stored."""
-    return merged([_chunk(moments[start : start + CHUNK_ROWS]) for start in range(0, len(moments), CHUNK_ROWS)])
+    builder = StatisticsBuilder()
+    builder.add(moments)
+    return builder.total()
 
 
 def merged(parts: Sequence[MomentStatistics]) -> MomentStatistics:
@@ -80,6 +113,8 @@ def _chunk(moments: Float16[np.ndarray, "b m h w"]) -> MomentStatistics:
         mean=mean,
         squares=np.square(means - mean[:, None, None]).sum(axis=(0, 2, 3)),
         variances=np.exp(np.clip(log_variances, *LOG_VARIANCE_RANGE)).sum(axis=(0, 2, 3)),
+        lowest=means.min(axis=(0, 2, 3)),
+        highest=means.max(axis=(0, 2, 3)),
     )
 
 
@@ -91,4 +126,6 @@ def _merge(left: MomentStatistics, right: MomentStatistics) -> MomentStatistics:
         mean=left.mean + delta * (right.count / count),
         squares=left.squares + right.squares + np.square(delta) * (left.count * right.count / count),
         variances=left.variances + right.variances,
+        lowest=np.minimum(left.lowest, right.lowest),
+        highest=np.maximum(left.highest, right.highest),
     )

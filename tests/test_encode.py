@@ -18,10 +18,12 @@ from ldm.autoencoder.model import Autoencoder
 from ldm.autoencoder.regularizer import LOG_VARIANCE_RANGE
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
 from ldm.interop.diffusers import save_autoencoder, weights_digest
-from pipeline.encode import Precision, check_latents, plan_latents, summarize
+from pipeline.encode import Precision
 from pipeline.images import decode_pixels, image_of_pixels
+from pipeline.latent_gate import GateConfig
+from pipeline.latent_plan import check_latents, plan_latents, summarize
 from pipeline.latent_shard import MOMENTS
-from pipeline.moment_statistics import merged, statistics_of
+from pipeline.moment_statistics import StatisticsBuilder, merged, statistics_of
 from pipeline.plan import ShardTask, Stage
 from pipeline.store.manifest import Manifest, ShardRecord, claim_root, load_manifest, read_records, verify
 from pipeline.store.schema import Split
@@ -110,6 +112,17 @@ def test_encode_statistics_are_those_of_all_stored_moments_at_once(made: Path) -
     np.testing.assert_allclose(summary["mean"], means.mean(axis=(0, 2, 3)), rtol=1e-12)
     std = np.sqrt(means.var(axis=(0, 2, 3)) + variances.mean(axis=(0, 2, 3)))
     np.testing.assert_allclose(summary["std"], std, rtol=1e-12)
+    assert summary["min"] == means.min(axis=(0, 2, 3)).tolist()
+    assert summary["max"] == means.max(axis=(0, 2, 3)).tolist()
+
+
+def test_moment_statistics_do_not_depend_on_the_batches() -> None:
+    moments = np.random.default_rng(1).normal(size=(700, 4, 3, 3)).astype(np.float16)
+    for cuts in ([], [256], [1, 2, 255, 257, 600], list(range(0, 700, 32))):
+        builder = StatisticsBuilder()
+        for part in np.split(moments, cuts):
+            builder.add(part)
+        assert builder.total().to_dict() == statistics_of(moments).to_dict()
 
 
 def test_moment_statistics_std_is_that_of_drawn_latents() -> None:
@@ -208,12 +221,55 @@ def test_gate_autoencoder_with_broken_weights_is_refused_and_nothing_published(
 
 
 def test_gate_reconstruction_below_the_floor_is_refused_with_its_figures(made: Path, tmp_path: Path) -> None:
-    config = latents_config(made, root=str(tmp_path / "latents"), gate_min_psnr=60.0, gate_rows=3)
+    config = latents_config(made, root=str(tmp_path / "latents"), gate=GateConfig(min_psnr=60.0, rows=3))
     with pytest.raises(
-        ValueError, match=r"mean PSNR of \d+\.\d\d dB .* gate_min_psnr is 60.0; rows: ([0-9a-f]{24} \S+ ?){3}"
+        ValueError, match=r"mean PSNR of \d+\.\d\d dB .* the least is 60.00; rows: ([0-9a-f]{24} \S+ ?){3}"
     ):
         carry_out(plan_latents(config))
     assert published(tmp_path / "latents") == []
+
+
+def test_gate_floor_is_the_autoencoders_own_evaluation_less_the_margin(made: Path, tmp_path: Path) -> None:
+    autoencoder = tmp_path / "autoencoder"
+    write_autoencoder(autoencoder)
+    (autoencoder / "evaluation.json").write_text(json.dumps({"validation_psnr_db": 90.5}))
+    config = latents_config(made, root=str(tmp_path / "latents"), autoencoder=str(autoencoder))
+    with pytest.raises(ValueError, match=r"mean PSNR of \d+\.\d\d dB .* the least is 84\.50; rows"):
+        carry_out(plan_latents(dataclasses.replace(config, gate=GateConfig())))
+    with pytest.raises(ValueError, match="the least is 40.00"):
+        carry_out(plan_latents(dataclasses.replace(config, gate=GateConfig(min_psnr=40.0))))
+    (autoencoder / "evaluation.json").unlink()
+    with pytest.raises(ValueError, match="the least is 15.00"):
+        carry_out(plan_latents(dataclasses.replace(config, gate=GateConfig())))
+    assert published(tmp_path / "latents") == []
+
+
+@pytest.mark.parametrize("bounds", [{"std_range": (50.0, 1e3)}, {"max_mean": 1e-6}])
+def test_gate_implausible_latents_are_refused_naming_the_channel(made: Path, tmp_path: Path, bounds: dict) -> None:
+    config = latents_config(made, root=str(tmp_path / "latents"), gate=GateConfig(min_psnr=-100.0, **bounds))
+    with pytest.raises(ValueError, match=r"train/000000 fails its gate: channel 0 has mean \S+ and standard deviation"):
+        carry_out(plan_latents(config))
+    assert published(tmp_path / "latents") == []
+
+
+def test_gate_finds_what_overflows_in_fp16_and_not_in_fp32(tmp_path: Path) -> None:
+    """Large features inside, plain moments at the end: fp32 holds both."""
+    write_dataset(tmp_path / "dataset")
+    model = write_autoencoder(tmp_path / "autoencoder")
+    with torch.no_grad():
+        model.encoder.conv_in.weight.mul_(1e6)
+    save_autoencoder(model, str(tmp_path / "autoencoder"))
+    carry_out(plan_latents(latents_config(tmp_path)))
+    config = latents_config(tmp_path, root=str(tmp_path / "half"), precision=Precision.FP16)
+    with pytest.raises(ValueError, match=r"\d+ NaN, .* an encoder in fp16 overflows where fp32 or bf16 does not"):
+        carry_out(plan_latents(config))
+    assert published(tmp_path / "half") == []
+
+
+@pytest.mark.parametrize("precision, far", [(Precision.BF16, 0.05), (Precision.FP16, 0.01)])
+def test_encode_in_half_precision_is_near_to_fp32(made: Path, tmp_path: Path, precision: Precision, far: float) -> None:
+    carry_out(plan_latents(latents_config(made, root=str(tmp_path / "latents"), precision=precision)))
+    np.testing.assert_allclose(stored_moments(tmp_path / "latents"), stored_moments(made / "latents"), atol=far)
 
 
 def test_encode_tar_with_other_rows_than_its_manifest_is_refused(tmp_path: Path) -> None:

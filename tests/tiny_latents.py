@@ -14,7 +14,9 @@ from PIL import Image
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.conditioning.text import TextEncoderConfig
 from ldm.interop.diffusers import save_autoencoder
-from pipeline.encode import Device, LatentsConfig, plan_latents
+from pipeline.encode import Device, LatentsConfig
+from pipeline.latent_gate import GateConfig
+from pipeline.latent_plan import plan_latents
 from pipeline.plan import Plan, ShardTask
 from pipeline.store.manifest import (
     Manifest,
@@ -86,7 +88,7 @@ def latents_config(folder: Path, **fields: object) -> LatentsConfig:
         "text": TextEncoderConfig(max_tokens=16),
         "image_size": IMAGE_SIZE,
         "batch_size": 4,
-        "gate_min_psnr": -100.0,
+        "gate": GateConfig(min_psnr=-100.0, std_range=(0.0, 1e9)),
         "device": Device.CPU,
     }
     return LatentsConfig(**(settings | fields))  # type: ignore[arg-type]

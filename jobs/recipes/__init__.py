@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from jobs.recipes import emoji, folder, laion, reshard
 from jobs.wiring.evaluate import EvaluateConfig
+from jobs.wiring.precompute_latents import PrecomputeLatentsConfig
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.shard_dataset import ShardDatasetConfig
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import TrainLdmConfig
-from pipeline.encode import LatentsConfig
 
 SHARD_DATASET: dict[str, Callable[[str], ShardDatasetConfig]] = {
     "emoji": emoji.shard_dataset,
@@ -26,7 +26,7 @@ TRAIN_AUTOENCODER: dict[str, Callable[[str], TrainAutoencoderConfig]] = {
     "folder": folder.train_autoencoder,
     "laion": laion.train_autoencoder,
 }
-PRECOMPUTE_LATENTS: dict[str, Callable[[str], LatentsConfig]] = {
+PRECOMPUTE_LATENTS: dict[str, Callable[[str], PrecomputeLatentsConfig]] = {
     "emoji": emoji.precompute_latents,
     "folder": folder.precompute_latents,
     "laion": laion.precompute_latents,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from jobs.command_line import kept_here
 from jobs.wiring.evaluate import EvaluateConfig
+from jobs.wiring.precompute_latents import PrecomputeLatentsConfig
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.shard_dataset import ShardDatasetConfig
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
@@ -27,7 +28,6 @@ from ldm.training.loop import LoopConfig
 from ldm.training.optim import Decay, OptimConfig
 from ldm.training.tracking_config import TrackingConfig
 from ldm.unet import zoo as unets
-from pipeline.encode import LatentsConfig
 from pipeline.ingest.transforms import ImageFormat, PictureConfig
 from pipeline.sources.emoji import EmojiConfig
 
@@ -82,9 +82,9 @@ def train_autoencoder(home: str) -> TrainAutoencoderConfig:
     )
 
 
-def precompute_latents(home: str) -> LatentsConfig:
+def precompute_latents(home: str) -> PrecomputeLatentsConfig:
     """Moments of every drawing and MiniLM tokens of every name."""
-    return LatentsConfig(
+    return PrecomputeLatentsConfig(
         root=join(home, "latents"),
         dataset=join(home, "dataset"),
         autoencoder=join(home, "autoencoder", "model"),

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 from jobs.recipes import emoji
 from jobs.wiring.evaluate import EvaluateConfig
+from jobs.wiring.precompute_latents import PrecomputeLatentsConfig
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.shard_dataset import ShardDatasetConfig
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import PreviewConfig, TrainLdmConfig
 from ldm.storage import join
 from ldm.training.tracking_config import TrackingConfig
-from pipeline.encode import LatentsConfig
 from pipeline.ingest.duplicates import DuplicateConfig
 from pipeline.sources.folder import FolderConfig
 
@@ -36,7 +36,7 @@ def train_autoencoder(home: str) -> TrainAutoencoderConfig:
     return replace(config, tracking=_renamed(config.tracking))
 
 
-def precompute_latents(home: str) -> LatentsConfig:
+def precompute_latents(home: str) -> PrecomputeLatentsConfig:
     """Moments of every picture and MiniLM tokens of every caption."""
     return emoji.precompute_latents(home)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from jobs.command_line import kept_here
 from jobs.wiring.evaluate import EvaluateConfig, GateConfig
+from jobs.wiring.precompute_latents import PrecomputeLatentsConfig
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.shard_dataset import ShardDatasetConfig
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
@@ -29,7 +30,6 @@ from ldm.training.loop import LoopConfig
 from ldm.training.optim import OptimConfig
 from ldm.training.tracking_config import TrackingConfig
 from ldm.unet import zoo as unets
-from pipeline.encode import LatentsConfig
 from pipeline.encode import Precision as EncodePrecision
 from pipeline.ingest.duplicates import DuplicateConfig
 from pipeline.ingest.filters import FilterConfig, laion_safety
@@ -93,9 +93,9 @@ def train_autoencoder(home: str) -> TrainAutoencoderConfig:
     )
 
 
-def precompute_latents(home: str) -> LatentsConfig:
+def precompute_latents(home: str) -> PrecomputeLatentsConfig:
     """kl-f8 moments and CLIP-L tokens, one GPU for each worker."""
-    return LatentsConfig(
+    return PrecomputeLatentsConfig(
         root=join(home, "latents"),
         dataset=join(home, "dataset"),
         autoencoder=AUTOENCODER,

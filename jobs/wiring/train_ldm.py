@@ -39,7 +39,7 @@ from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
 from ldm.types import Image
 from ldm.unet.model import UNet, UNetConfig
-from pipeline.encode import check_latents
+from pipeline.latent_plan import check_latents
 from pipeline.loader import LatentLoader, LoaderConfig
 from pipeline.order import check_world
 from pipeline.store.manifest import Manifest, load_manifest
