@@ -11,9 +11,9 @@ from contextlib import nullcontext
 from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import PRECOMPUTE_LATENTS
 from jobs.session import prepare, ray_session
-from jobs.wiring.precompute_latents import verified
+from jobs.wiring.precompute_latents import outlook, verified
 from pipeline.latent_plan import plan_latents
-from pipeline.plan import describe, missing
+from pipeline.plan import missing
 from pipeline.run import run
 
 
@@ -26,7 +26,7 @@ def main() -> None:
         sys.exit(verified(asked.config))
     plan = plan_latents(asked.config)
     if asked.dry_run:
-        print(describe(plan))
+        print(outlook(asked.config, plan))
         return
     with ray_session() if missing(plan) else nullcontext():
         report = run(plan)

@@ -35,7 +35,7 @@ from ldm.interop.diffusers import load_autoencoder
 from ldm.storage import copy_file, is_local, write_bytes
 from ldm.types import Image, Moments
 from pipeline.images import Pixels, decode_pixels, image_of_pixels, image_suffix
-from pipeline.latent_gate import EncodedBatch, Gate, GateConfig, stored_form
+from pipeline.latent_gate import EncodedBatch, Gate, GateConfig, evaluated_psnr, stored_form
 from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS, npy_bytes
 from pipeline.plan import ShardTask
 from pipeline.prefetch import prefetched
@@ -167,10 +167,10 @@ class _Tar:
 class EncodeStage:
     """Makes the shards of one latent cache; built once in each worker."""
 
-    def __init__(self, config: LatentsConfig, floor: float) -> None:
-        """Load both networks; `floor` is the least mean PSNR of a shard's gate, in decibels."""
+    def __init__(self, config: LatentsConfig) -> None:
+        """Load both networks, and what the autoencoder's evaluation says that a shard must reach."""
         self.config = config
-        self._floor = floor
+        self._floor = config.gate.floor(evaluated_psnr(config.autoencoder))
         self._encoder = Encoder(config)
         self._text = TextEncoder(config.text, self._encoder.device)
         # Alone in its batch, so that every shard holds the same bytes for the null condition.

@@ -6,6 +6,7 @@ evenly over the shard keep their crops → at the end those are decoded from wha
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ import torch
 from jaxtyping import Bool, Float16
 from torch import Tensor
 
+from ldm import storage
 from ldm.config import Config
 from ldm.evaluation.scores import psnr
 from ldm.types import Image, Moments
 from pipeline.moment_statistics import MomentStatistics, StatisticsBuilder
 from pipeline.plan import ShardTask
 
+EVALUATION_FILE = "evaluation.json"
+"""Beside an autoencoder's weights: what its training measured on held-out rows at the end."""
 LARGEST_STORED = float(np.finfo(np.float16).max)
 MAX_LISTED = 5
 _LARGEST_PSNR = 200.0
@@ -92,6 +96,15 @@ def stored_form(moments: Moments) -> tuple[Moments16, Counter[str], Bool[np.ndar
     faults = Counter({name: int(where.sum()) for name, where in found.items()})
     stored: Moments16 = moments.half().cpu().numpy()
     return stored, faults, is_bad.cpu().numpy()
+
+
+def evaluated_psnr(autoencoder: str) -> float | None:
+    """Return the mean PSNR that an autoencoder's training measured at its end; None where nothing says so."""
+    path = storage.join(autoencoder, EVALUATION_FILE)
+    if not storage.exists(path):
+        return None
+    figure = json.loads(storage.read_text(path)).get("validation_psnr_db")
+    return None if figure is None else float(figure)
 
 
 class Gate:

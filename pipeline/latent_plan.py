@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 
-from ldm import storage
 from ldm.autoencoder.model import Autoencoder
 from ldm.conditioning.text import TextEncoderKind, text_encoder_digest
 from ldm.interop.diffusers import load_autoencoder, weights_digest
@@ -20,8 +18,6 @@ LATENT_KIND = "kl_moments"
 STORED_DTYPE = "float16"
 FORMAT_VERSION = 2
 """Raised whenever a shard of latents or its record changes its form."""
-EVALUATION_FILE = "evaluation.json"
-"""Beside an autoencoder's weights: what its training measured on held-out rows at the end."""
 
 _TAR_BYTES_PER_ROW = 4096
 """Headers, caption and JSON of a row, each padded to blocks of 512."""
@@ -64,7 +60,7 @@ def plan_latents(config: LatentsConfig) -> Plan:
         kind="latents",
         identity=_identity(config, model),
         tasks=tasks,
-        make_stage=partial(EncodeStage, config, config.gate.floor(evaluated_psnr(config.autoencoder))),
+        make_stage=partial(EncodeStage, config),
         resources=Resources(
             num_cpus=config.num_cpus,
             num_gpus=float(is_on_gpu),
@@ -113,15 +109,6 @@ def check_latents(manifest: Manifest, autoencoder_digest: str, text_digest: str)
         made_with = manifest.identity[name]
         if made_with != given:
             raise ValueError(f"these latents were made with {name} {made_with}, the one given is {given}")
-
-
-def evaluated_psnr(autoencoder: str) -> float | None:
-    """Return the mean PSNR that an autoencoder's training measured at its end; None where nothing says so."""
-    path = storage.join(autoencoder, EVALUATION_FILE)
-    if not storage.exists(path):
-        return None
-    figure = json.loads(storage.read_text(path)).get("validation_psnr_db")
-    return None if figure is None else float(figure)
 
 
 def _identity(config: LatentsConfig, model: Autoencoder) -> dict[str, JSON]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 
+from jobs.session import without_warnings
 from pipeline.encode import LatentsConfig
+from pipeline.forecast import ForecastConfig, forecast
 from pipeline.latent_verification import verify_latents
+from pipeline.plan import Plan, describe, missing
 
 EXIT_DAMAGED = 1
 """Exit code of a `--verify` that found something."""
@@ -17,8 +21,20 @@ class PrecomputeLatentsConfig(LatentsConfig):
 
     verify: bool = False
     """Read the cache back, compare it with its manifest, and encode a sample of rows again; makes nothing."""
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    """What --dry-run measures, and at which prices it reckons."""
     sample: float = 0.01
     """Share of the rows that --verify encodes again, at least one a shard; 0 compares digests only."""
+
+
+def outlook(config: PrecomputeLatentsConfig, plan: Plan) -> str:
+    """Return what the job would do, and what a short measurement says that it will take."""
+    todo = missing(plan)
+    if not (todo and config.forecast.seconds):
+        return describe(plan)
+    print(f"measuring for about {config.forecast.seconds:.0f} s (--forecast.seconds 0 skips it)", file=sys.stderr)
+    with without_warnings():
+        return f"{describe(plan)}\n{forecast(config, plan, todo, config.forecast).describe()}"
 
 
 def verified(config: PrecomputeLatentsConfig) -> int:

@@ -1,0 +1,189 @@
+"""What a latent cache will cost before it is made: a minute of the real stage on the real data, then arithmetic.
+
+Order: some rows of a missing shard → a small tar of their own → the real stage, in as many processes as will work on
+this machine → rows a second and bytes a row → hours, bytes, money, and the number of epochs from which a cache pays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from tempfile import TemporaryDirectory
+
+import torch
+
+from ldm.config import Config
+from pipeline.encode import EncodeStage, LatentsConfig
+from pipeline.plan import Plan, ShardTask
+from pipeline.store.manifest import shard_path
+from pipeline.store.schema import Row, Split
+from pipeline.store.shards import read_rows, write_shard
+
+MAX_PROCESSES = 8
+"""Workers that are really started for a measurement; more are reckoned from these."""
+WARM_UP_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForecastConfig(Config):
+    """What `--dry-run` measures, and at which prices it reckons."""
+
+    seconds: float = 60.0
+    """How long to measure, about; 0 measures nothing."""
+    price_per_hour: float = 0.0
+    """Price of one worker (a GPU, or its CPUs) for an hour, in any currency."""
+    price_per_tb_month: float = 0.0
+    """Price of a terabyte kept for a month, in the same currency."""
+    months: float = 1.0
+    """How long the cache is kept."""
+    epochs: float = 10.0
+    """How often training will go through the dataset, for the question whether a cache pays."""
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "price_per_hour", "price_per_tb_month", "months", "epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """A measurement and what follows from it.
+
+    Attributes:
+        rows_per_second: of all workers together.
+        num_workers: workers that will work at once.
+        bytes_per_row: what a row takes in the cache, its share of the text included.
+        num_rows: rows that are still to be encoded.
+        num_rows_in_all: rows of the finished cache.
+        num_measured: rows that the measurement encoded.
+        config: the prices.
+    """
+
+    rows_per_second: float
+    num_workers: int
+    bytes_per_row: float
+    num_rows: int
+    num_rows_in_all: int
+    num_measured: int
+    config: ForecastConfig
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of what is missing, without the start of Ray."""
+        return self.num_rows / self.rows_per_second
+
+    @property
+    def worker_hours(self) -> float:
+        """Time of all workers together for what is missing."""
+        return self.seconds * self.num_workers / 3600
+
+    @property
+    def worker_hours_an_epoch(self) -> float:
+        """Time of all workers together to encode every row once, as training without a cache does in each epoch."""
+        return self.num_rows_in_all / self.rows_per_second * self.num_workers / 3600
+
+    @property
+    def storage_price(self) -> float:
+        """Price of keeping the finished cache."""
+        terabytes = self.num_rows_in_all * self.bytes_per_row / 1e12
+        return terabytes * self.config.price_per_tb_month * self.config.months
+
+    @property
+    def cached_price(self) -> float:
+        """Price of encoding every row once and keeping the result."""
+        return self.worker_hours_an_epoch * self.config.price_per_hour + self.storage_price
+
+    @property
+    def online_price(self) -> float:
+        """Price of encoding every row in each epoch."""
+        return self.config.epochs * self.worker_hours_an_epoch * self.config.price_per_hour
+
+    def describe(self) -> str:
+        """Return the forecast for a person, with its arithmetic."""
+        each = self.rows_per_second / self.num_workers
+        size = self.num_rows * self.bytes_per_row
+        lines = [
+            f"  measured {self.num_measured:,} rows of this dataset on this machine: {each:.1f} rows/s a worker, "
+            f"{self.bytes_per_row:,.0f} bytes a row",
+            f"  time     {self.num_rows:,} rows / ({self.num_workers} workers x {each:.1f} rows/s) = "
+            f"{_duration(self.seconds)}, {self.worker_hours:.3g} worker hours",
+            f"  bytes    {self.num_rows:,} rows x {self.bytes_per_row:,.0f} = {size / 1e9:.3g} GB",
+        ]
+        return "\n".join(lines + self._money())
+
+    def _money(self) -> list[str]:
+        prices = self.config
+        hours = self.worker_hours_an_epoch
+        if not prices.price_per_hour:
+            pays = f"{prices.epochs:g} epochs without a cache encode every row as often: {prices.epochs * hours:.3g}"
+            return [f"  caching  {pays} worker hours against {hours:.3g}; --forecast.price-per-hour reckons in money"]
+        verdict = "pays" if self.cached_price < self.online_price else "does not pay"
+        return [
+            f"  money    {self.worker_hours:.3g} worker hours x {prices.price_per_hour:g} = "
+            f"{self.worker_hours * prices.price_per_hour:.2f}",
+            f"  caching  {verdict}: {hours:.3g} h x {prices.price_per_hour:g} + storage {self.storage_price:.2f} = "
+            f"{self.cached_price:.2f} with it, {prices.epochs:g} epochs x {hours:.3g} h x {prices.price_per_hour:g} = "
+            f"{self.online_price:.2f} without",
+        ]
+
+
+def forecast(config: LatentsConfig, plan: Plan, todo: list[ShardTask], prices: ForecastConfig) -> Forecast:
+    """Measure the stage on rows of the first missing shard and reckon from that.
+
+    Raises:
+        ValueError: if the stage refuses those rows, as it would in the run.
+    """
+    num_workers = plan.resources.max_actors or _num_fitting(plan)
+    num_processes = min(num_workers, _num_fitting(plan), MAX_PROCESSES)
+    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(_measure, config, todo[0], prices.seconds) for _ in range(num_processes)]
+        measured = [job.result() for job in jobs]
+    rate = sum(rows / seconds for rows, seconds, _ in measured) * num_workers / num_processes
+    num_measured = sum(rows for rows, _, _ in measured)
+    return Forecast(
+        rows_per_second=rate,
+        num_workers=num_workers,
+        bytes_per_row=sum(size for _, _, size in measured) / num_measured,
+        num_rows=sum(task.num_rows for task in todo),
+        num_rows_in_all=plan.num_rows,
+        num_measured=num_measured,
+        config=prices,
+    )
+
+
+def _measure(config: LatentsConfig, task: ShardTask, seconds: float) -> tuple[int, float, int]:
+    """Return how many rows the stage, once it was warm, encoded in how many seconds to how many bytes."""
+    rows = read_rows(task.source_name)
+    with TemporaryDirectory(prefix="ldm-forecast-") as home:
+        stage = EncodeStage(dataclasses.replace(config, root=f"{home}/latents"))
+        warm, spent, size = _encode(stage, home, list(islice(rows, WARM_UP_ROWS)))
+        wanted = max(1, round(seconds * warm / spent))
+        return _encode(stage, home, list(islice(rows, wanted))) if task.num_rows > warm else (warm, spent, size)
+
+
+def _encode(stage: EncodeStage, home: str, rows: list[Row]) -> tuple[int, float, int]:
+    write_shard(f"{home}/dataset", Split.TRAIN, "000000", rows)
+    source = shard_path(f"{home}/dataset", Split.TRAIN, "000000", "tar")
+    task = ShardTask(split=Split.TRAIN, name="000000", source_name=source, source_digest="", num_rows=len(rows))
+    started = time.perf_counter()
+    record = stage(task)
+    return len(rows), time.perf_counter() - started, record.num_bytes
+
+
+def _num_fitting(plan: Plan) -> int:
+    """Return how many workers this machine holds at once."""
+    needs = plan.resources
+    if needs.num_gpus:
+        return max(1, int(torch.cuda.device_count() / needs.num_gpus))
+    return max(1, int((os.cpu_count() or 1) / needs.num_cpus))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
