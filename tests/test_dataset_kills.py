@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pipeline.ingest.config import DatasetConfig
 from pipeline.ingest.duplicates import DuplicateConfig
 from pipeline.store.verification import verify_dataset
 from tests.chaos_proxy import chaos_proxy
+from tests.kills import Job, kill_again_and_again
 from tests.servers import S3Server
 from tests.small_datasets import add_images, contents, folder_config
 
@@ -31,8 +27,6 @@ from pipeline.ingest.dataset import make_dataset
 ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 make_dataset(DatasetConfig.from_yaml(open(sys.argv[1]).read()))
 """
-VICTIMS = ("driver", "worker", "raylet")
-LONGEST_RUN = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -52,94 +46,19 @@ def config_of(root: Path | str, images: Path) -> DatasetConfig:
     return folder_config(root, images, rows_per_shard=4, duplicates=DuplicateConfig(exact=True, near_distance=2))
 
 
-def start(config: DatasetConfig, folder: Path) -> subprocess.Popen[bytes]:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with (folder / "output").open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(folder / "config.yaml")],
-            stdout=output,
-            stderr=output,
-            env=environment,
-            start_new_session=True,
-        )
-
-
-def finish(config: DatasetConfig, folder: Path) -> None:
-    process = start(config, folder)
-    assert process.wait(timeout=LONGEST_RUN) == 0, (folder / "output").read_text()[-3000:]
-
-
-def processes_of(driver: int) -> list[psutil.Process]:
-    """Return everything that a driver started: Ray's servers and its workers."""
-    try:
-        return psutil.Process(driver).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def name_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()[:1])
-    except psutil.Error:
-        return ""
-
-
-def choose(driver: int, victim: str, dice: random.Random) -> int | None:
-    """Return the process to kill, or None where there is none of that kind yet."""
-    if victim == "driver":
-        return driver
-    sign = "ray::" if victim == "worker" else "/raylet/raylet"
-    found = sorted(process.pid for process in processes_of(driver) if sign in name_of(process))
-    return dice.choice(found) if found else None
-
-
-def kill_once(config: DatasetConfig, folder: Path, victim: str, after_seconds: float, dice: random.Random) -> str:
-    """Start a run, kill one of its processes at a moment of it, and see the run to its end; say how it went."""
-    process = start(config, folder)
-    everything: set[psutil.Process] = set()
-    killed, moment = False, time.monotonic() + after_seconds
-    while process.poll() is None and time.monotonic() < moment + LONGEST_RUN:
-        if not killed:
-            everything.update(processes_of(process.pid))
-        if not killed and time.monotonic() >= moment:
-            target = choose(process.pid, victim, dice)
-            if target is not None:
-                os.kill(target, signal.SIGKILL)
-                killed = True
-                moment = time.monotonic() if victim != "raylet" else time.monotonic() - LONGEST_RUN + 60
-        time.sleep(0.02)
-    if process.poll() is None:
-        process.kill()  # a driver may wait for ever for a raylet that is no more
-    code = process.wait()
-    assert code == 0 or not killed or victim != "worker", (folder / "output").read_text()[-3000:]
-    for left in everything:  # what is left of the killed cluster, by its own handles
-        if left.is_running():
-            left.kill()
-    psutil.wait_procs(everything, timeout=20)
-    return f"{victim} after {after_seconds:.1f} s: {'killed' if killed else 'too late'}, driver ended with {code}"
-
-
 @pytest.fixture(scope="module")
 def unbroken(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A dataset that was never killed, and how long it took."""
     folder = tmp_path_factory.mktemp("unbroken")
     started = time.monotonic()
-    finish(config_of(folder / "dataset", images), folder)
+    Job(DRIVER, config_of(folder / "dataset", images), folder).finish()
     return folder / "dataset", time.monotonic() - started
 
 
 def survives(images: Path, unbroken: tuple[Path, float], folder: Path, num_kills: int, root: str) -> None:
-    dice = random.Random(SEED)
     whole, seconds = unbroken
-    config = config_of(root, images)
-    story = [
-        kill_once(config, folder, VICTIMS[number % 3], dice.uniform(0.2, 1.0) * seconds, dice)
-        for number in range(num_kills)
-    ]
-    print("\n".join(story))
-    finish(config, folder)
+    job = Job(DRIVER, config_of(root, images), folder)
+    story = kill_again_and_again(job, num_kills, seconds, random.Random(f"{SEED} {folder.name}"))
     assert contents(Path(root)) == contents(whole), story
     assert verify_dataset(root).problems == ()
 
@@ -165,7 +84,7 @@ def downloaded(s3: S3Server, root: str) -> dict[str, bytes]:
 @pytest.mark.slow  # the next one is stricter
 def test_dataset_in_object_storage_is_the_one_on_disk(images, unbroken, s3, s3_root, tmp_path):
     config = config_of(s3_root, images)
-    finish(config, tmp_path)
+    Job(DRIVER, config, tmp_path).finish()
     assert downloaded(s3, s3_root) == contents(unbroken[0])
     assert verify_dataset(s3_root).problems == ()
 
@@ -175,6 +94,6 @@ def test_dataset_through_a_store_that_fails_one_request_in_five_is_the_one_on_di
 ):
     with chaos_proxy(s3.endpoint, SEED) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        finish(replace(config_of(s3_root, images), max_actors=2), tmp_path)
+        Job(DRIVER, replace(config_of(s3_root, images), max_actors=2), tmp_path).finish()
         assert min(proxy.troubles[trouble] for trouble in ("busy", "drop", "cut", "delay")) > 10, proxy.troubles
     assert downloaded(s3, s3_root) == contents(unbroken[0])
