@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import PRECOMPUTE_LATENTS
 from jobs.session import prepare, ray_session
-from jobs.wiring.precompute_latents import outlook, verified
+from jobs.wiring.precompute_latents import outlook, publish, verified
 from pipeline.latent_plan import plan_latents
 from pipeline.plan import missing
 from pipeline.run import run
@@ -34,6 +34,7 @@ def main() -> None:
         f"latents   {report.num_rows:,} rows in {report.num_shards} new shards, "
         f"{report.num_skipped} shards already there: {plan.root}"
     )
+    print(f"report    {publish(asked.config, report)}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def write_report(root: str) -> str:
     kept = _shown(root, totals.kept.items())
     by_reason = [sample.items() for _, sample in sorted(totals.rejected.items())]
     chosen = round_robin(by_reason, NUM_PICTURES)
-    rejected = [Shown(row=row, image=_data_uri(row.thumbnail, REJECTED_SIDE)) for row in chosen]
+    rejected = [Shown(row=row, image=data_uri(row.thumbnail, REJECTED_SIDE)) for row in chosen]
     page = page_of(manifest, totals, kept, rejected, _clusters(root, manifest, totals))
     path = join(root, REPORT_NAME)
     write_bytes(path, render(page))
@@ -106,9 +106,7 @@ def _shown(root: str, rows: Sequence[LedgerRow]) -> list[Shown]:
     for row in rows:
         by_shard.setdefault((row.split, row.shard), []).append(row.key)
     for (split, name), keys in sorted(by_shard.items()):
-        images |= {
-            key: _data_uri(_picture_of(members), KEPT_SIDE) for key, members in _members(root, split, name, keys)
-        }
+        images |= {key: data_uri(_picture_of(members), KEPT_SIDE) for key, members in _members(root, split, name, keys)}
     return [Shown(row=row, image=images.get(row.key, "")) for row in rows]
 
 
@@ -124,7 +122,7 @@ def _picture_of(members: Row) -> bytes:
     return next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), b"")
 
 
-def _data_uri(content: bytes, longest_side: int) -> str:
+def data_uri(content: bytes, longest_side: int) -> str:
     """Return a small JPEG of a picture as a `data:` URI; nothing where it can't be opened.
 
     Even what our own tars hold is decoded and encoded anew: a page never carries bytes that a stranger wrote.

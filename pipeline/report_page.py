@@ -1,30 +1,26 @@
-"""The data report as one HTML page that needs nothing else: no script, no file beside it, no network.
+"""The data report as one HTML page (`report_document`).
 
 Order: header with totals → funnel and reasons → what was kept, what was rejected → histograms → hosts → scrubbing →
-duplicates → how the dataset was made. A policy in the page's head forbids scripts and anything from outside.
+duplicates → how the dataset was made.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from ldm.config import digest_of
 from pipeline.report_charts import Axis, axis_for, bar, histogram_figure
+from pipeline.report_document import document, making, section, table
 from pipeline.report_elements import Element, byte_size, count, cut, decimal, element, share, stranger
 from pipeline.report_reasons import EXPLANATIONS, Stage, meaning_of
-from pipeline.report_style import STYLE
 from pipeline.report_totals import NUM_PICTURES, Column, LedgerRow, Totals, num_rejected
 from pipeline.store.ledger import OK
 from pipeline.store.manifest import Manifest
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 NUM_HOSTS, NUM_CLUSTERS, MAX_CHARTS, MAX_REASON_LINES = 20, 12, 16, 100
 MAX_KINDS = 6
-MAX_IDENTITY_CHARS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,26 +71,10 @@ def page_of(
         _hosts(totals),
         _scrubs(totals),
         _duplicates(totals, clusters),
-        _making(manifest),
+        making(manifest),
     ]
-    present = [section for section in sections if section is not None]
-    links = [element("a", section[0].text or "", href=f"#{section.get('id')}") for section in present]
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", f"Data report {manifest.digest[:12]}"),
-        element("style", STYLE),
-    )
-    body = element(
-        "body",
-        element("a", "Skip to the report", href="#funnel", class_="skip"),
-        _header(manifest, totals),
-        element("nav", *links, aria_label="Sections"),
-        element("main", *present),
-    )
-    return element("html", head, body, lang="en")
+    present = [part for part in sections if part is not None]
+    return document(f"Data report {manifest.digest[:12]}", _header(manifest, totals), present)
 
 
 def _header(manifest: Manifest, totals: Totals) -> Element:
@@ -133,7 +113,7 @@ def _splits(manifest: Manifest, totals: Totals) -> Element:
         + [share(counts[OK], counts.total())]
         for split, counts in totals.by_split.items()
     ]
-    return _table(("Split", "Shards", "Rows in", "Kept", "Share"), rows)
+    return table(("Split", "Shards", "Rows in", "Kept", "Share"), rows)
 
 
 def _funnel(totals: Totals) -> Element:
@@ -144,7 +124,7 @@ def _funnel(totals: Totals) -> Element:
         left -= num_lost
         steps.append(_step(stage.value, left, num_lost, totals.num_rows))
     legend = element("p", _key("kept", "rows left"), _key("rejected", "rows lost at this step"), class_="legend")
-    return _section("funnel", "From input to kept rows", legend, *steps)
+    return section("funnel", "From input to kept rows", legend, *steps)
 
 
 def _lost(totals: Totals) -> dict[Stage, dict[str, int]]:
@@ -174,7 +154,7 @@ def _reasons(totals: Totals) -> Element | None:
         return None
     heads = [element("th", name, scope="col") for name in ("Reason", "Rows", "Of the input")]
     table = element("table", element("thead", element("tr", *heads, element("td"))), *groups, class_="figures barred")
-    return _section("reasons", "Why rows were lost", table)
+    return section("reasons", "Why rows were lost", table)
 
 
 def _reason_group(stage: Stage, reasons: Mapping[str, int], num_rows: int) -> Element:
@@ -225,7 +205,7 @@ def _histograms(totals: Totals) -> Element | None:
         class_="legend",
     )
     figures = [histogram_figure(*entry) for entry in known]
-    return _section("histograms", "What the rows are like", legend, element("div", *figures, class_="charts"))
+    return section("histograms", "What the rows are like", legend, element("div", *figures, class_="charts"))
 
 
 def _hosts(totals: Totals) -> Element | None:
@@ -245,8 +225,8 @@ def _hosts(totals: Totals) -> Element | None:
     text = f"The {len(worst)} hosts with the most rows that could not be fetched or decoded."
     if not totals.hosts.is_complete:
         text += " There are more hosts than were remembered, so these are lower bounds."
-    table = _table(("Host", "Rows", "Failed", ""), rows, "figures barred")
-    return _section("hosts", "Hosts by failure", element("p", text, class_="note"), table)
+    hosts = table(("Host", "Rows", "Failed", ""), rows, "figures barred")
+    return section("hosts", "Hosts by failure", element("p", text, class_="note"), hosts)
 
 
 def _scrubs(totals: Totals) -> Element | None:
@@ -257,7 +237,7 @@ def _scrubs(totals: Totals) -> Element | None:
         [stranger(kind, 60), count(found), count(totals.scrubbed_rows[kind])] for kind, found in ordered
     ]
     note = element("p", "What was taken out of captions.", class_="note")
-    return _section("scrubbing", "Scrubbed captions", note, _table(("Kind", "Found", "In rows"), rows))
+    return section("scrubbing", "Scrubbed captions", note, table(("Kind", "Found", "In rows"), rows))
 
 
 def _duplicates(totals: Totals, clusters: Sequence[Cluster]) -> Element | None:
@@ -308,26 +288,10 @@ def _rejected(shown: Shown) -> Element:
     )
 
 
-def _making(manifest: Manifest) -> Element:
-    digests = [["Manifest", manifest.digest], ["Identity", digest_of(dict(manifest.identity))]]
-    digests.append(["Schema version", str(manifest.version)])
-    content = json.dumps({"identity": manifest.identity, "summary": manifest.summary}, indent=1, sort_keys=True)
-    return _section(
-        "making",
-        "How it was made",
-        _table(("What", "Digest"), [[name, element("code", digest)] for name, digest in digests], kind="digests"),
-        element(
-            "details",
-            element("summary", "Configuration and counts"),
-            element("pre", stranger(content, MAX_IDENTITY_CHARS), tabindex="0", aria_label="Configuration and counts"),
-        ),
-    )
-
-
 def _gallery(name: str, title: str, text: str, figures: Sequence[Element]) -> Element:
     if not figures:
-        return _section(name, title, element("p", "There are none to show.", class_="note"))
-    return _section(name, title, element("p", text, class_="note"), element("div", *figures, class_="gallery"))
+        return section(name, title, element("p", "There are none to show.", class_="note"))
+    return section(name, title, element("p", text, class_="note"), element("div", *figures, class_="gallery"))
 
 
 def _figure(image: str, alternative: str, *words: Element) -> Element:
@@ -335,20 +299,6 @@ def _figure(image: str, alternative: str, *words: Element) -> Element:
         element("img", src=image, alt=cut(alternative), loading="lazy") if image else element("div", class_="blank")
     )
     return element("figure", picture, element("figcaption", *words))
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[str | Element]], kind: str = "figures") -> Element:
-    heads = [element("th", name, scope="col") if name else element("td") for name in names]
-    lines = [
-        element("tr", element("th", line[0], scope="row"), *[element("td", cell) for cell in line[1:]]) for line in rows
-    ]
-    return element("table", element("thead", element("tr", *heads)), element("tbody", *lines), class_=kind)
-
-
-def _section(name: str, title: str, *children: Element) -> Element:
-    return element(
-        "section", element("h2", title, id=f"{name}-title"), *children, id=name, aria_labelledby=f"{name}-title"
-    )
 
 
 def _key(kind: str, text: str) -> Element:

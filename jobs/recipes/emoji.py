@@ -90,6 +90,8 @@ def precompute_latents(home: str) -> PrecomputeLatentsConfig:
         autoencoder=join(home, "autoencoder", "model"),
         text=TEXT,
         image_size=64,
+        record=_record(home, "latents"),
+        tracking=_tracking(home),
     )
 
 

@@ -38,7 +38,8 @@ def train_autoencoder(home: str) -> TrainAutoencoderConfig:
 
 def precompute_latents(home: str) -> PrecomputeLatentsConfig:
     """Moments of every picture and MiniLM tokens of every caption."""
-    return emoji.precompute_latents(home)
+    config = emoji.precompute_latents(home)
+    return replace(config, tracking=_renamed(config.tracking))
 
 
 def train_ldm(home: str) -> TrainLdmConfig:

@@ -104,6 +104,8 @@ def precompute_latents(home: str) -> PrecomputeLatentsConfig:
         batch_size=64,
         precision=EncodePrecision.BF16,
         num_cpus=8,
+        record=join(kept_here(home), "records", "latents"),
+        tracking=TRACKING,
     )
 
 

@@ -6,10 +6,17 @@ import sys
 from dataclasses import dataclass, field
 
 from jobs.session import without_warnings
+from jobs.wiring.publishing import publish_report
+from ldm.storage import exists, join
+from ldm.training.tracking_config import TrackingConfig
 from pipeline.encode import LatentsConfig
 from pipeline.forecast import ForecastConfig, forecast
+from pipeline.latent_report import write_latent_report
 from pipeline.latent_verification import verify_latents
 from pipeline.plan import Plan, describe, missing
+from pipeline.report import REPORT_NAME
+from pipeline.run import RunReport
+from pipeline.store.manifest import Manifest
 
 EXIT_DAMAGED = 1
 """Exit code of a `--verify` that found something."""
@@ -19,6 +26,10 @@ EXIT_DAMAGED = 1
 class PrecomputeLatentsConfig(LatentsConfig):
     """A cache of latents, made from a dataset by a frozen autoencoder and a frozen text encoder."""
 
+    record: str = ""
+    """Local folder that remembers the MLflow run; needed where tracking.uri is given."""
+    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(uri=""))
+    """MLflow, which gets the channels' statistics and the report."""
     verify: bool = False
     """Read the cache back, compare it with its manifest, and encode a sample of rows again; makes nothing."""
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
@@ -35,6 +46,34 @@ def outlook(config: PrecomputeLatentsConfig, plan: Plan) -> str:
     print(f"measuring for about {config.forecast.seconds:.0f} s (--forecast.seconds 0 skips it)", file=sys.stderr)
     with without_warnings():
         return f"{describe(plan)}\n{forecast(config, plan, todo, config.forecast).describe()}"
+
+
+def publish(config: PrecomputeLatentsConfig, report: RunReport) -> str:
+    """Write the cache's report where shards were made, bring it into MLflow, and return its path."""
+    page = join(config.root, REPORT_NAME)
+    if report.num_shards or not exists(page):
+        page = write_latent_report(config)
+        digest = {"latents_digest": report.manifest.digest}
+        publish_report(config, config.tracking, config.record, "latents", metrics_of(report.manifest), digest, page)
+    return page
+
+
+def metrics_of(manifest: Manifest) -> dict[str, float]:
+    """Return the manifest's totals as metrics: rows, shards, bytes, PSNR of the round trips, statistics by channel."""
+    summary = manifest.summary
+    shards = manifest.shards
+    channels = {
+        f"channel_{channel}_{name}": float(value)
+        for name in ("mean", "std", "min", "max")
+        for channel, value in enumerate(summary[name])
+    }
+    return {
+        "rows": float(sum(shard.num_rows for shard in shards)),
+        "shards": float(len(shards)),
+        "bytes": float(sum(shard.num_bytes for shard in shards)),
+        "gate_psnr_db": float(summary["gate_psnr_mean"]),
+        **channels,
+    }
 
 
 def verified(config: PrecomputeLatentsConfig) -> int:

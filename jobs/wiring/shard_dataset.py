@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from jobs.session import code_version, without_warnings
-from jobs.wiring.recording import save_run_config
+from jobs.wiring.publishing import publish_report
 from ldm import storage
-from ldm.training.record import MirrorError
 from ldm.training.tracking_config import TrackingConfig
 from pipeline.ingest.config import DatasetConfig
 from pipeline.ingest.dataset import Request
@@ -21,8 +18,6 @@ from pipeline.report import REPORT_NAME, write_report
 from pipeline.run import RunReport
 from pipeline.store.manifest import Manifest
 from pipeline.store.verification import verify_dataset
-
-logger = logging.getLogger(__name__)
 
 EXIT_DAMAGED = 1
 """Exit code of a `--verify` that found something."""
@@ -80,25 +75,9 @@ def show(config: ShardDatasetConfig, report: RunReport, page: str) -> None:
 
 def publish(config: ShardDatasetConfig, report: RunReport, page: str) -> None:
     """Bring counts, the manifest's digest and the report into MLflow; the dataset does not depend on it."""
-    if not (config.tracking.uri and report.num_shards):
-        return
-    if not config.record:
-        raise ValueError("tracking.uri needs a folder under --record, where the MLflow run is remembered")
-    # Optional: a machine without MLflow keeps the report beside the dataset.
-    with without_warnings():
-        from ldm.training.tracking import end_run, log_file, log_values, open_run
-    save_run_config(config, config.record)
-    tags = {"dataset_digest": report.manifest.digest, **code_version()}
-    run_id = open_run(config.tracking, config.record, "dataset", config.flat(), tags)
-    if not run_id:
-        return
-    try:
-        log_values(config.tracking.uri, run_id, metrics_of(report.manifest))
-        log_file(config.tracking.uri, run_id, page)
-    except MirrorError as error:
-        logger.warning("the report is in %s only: %s", page, error)
-        return
-    end_run(config.tracking.uri, run_id, "FINISHED")
+    if report.num_shards:
+        digest = {"dataset_digest": report.manifest.digest}
+        publish_report(config, config.tracking, config.record, "dataset", metrics_of(report.manifest), digest, page)
 
 
 def metrics_of(manifest: Manifest) -> dict[str, float]:
