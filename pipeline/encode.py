@@ -49,9 +49,11 @@ MAX_LISTED = 5
 
 _TAR_BYTES_PER_ROW = 4096
 """Headers, caption and JSON of a row, each padded to blocks of 512."""
-_BYTES_PER_TOKEN = 2 * 768
 _TOKENS_PER_ROW = 32
 """For the estimate of disk space only: a row's captions without padding, some of them shared with other rows."""
+_TOKEN_WIDTH = 768
+_WIDE_TOKENS = {TextEncoderKind.CLIP_PROJECTION: 1280, TextEncoderKind.SDXL: 2048, TextEncoderKind.T5: 4096}
+"""For the same estimate: widths of the usual encoders of a kind, where they are wider."""
 _LARGEST_PSNR = 200.0
 """An exact reconstruction has an infinite one, which JSON cannot hold."""
 
@@ -159,7 +161,7 @@ class EncodeStage:
                 "statistics": statistics_of(moments[0]).to_dict(),
                 "gate": {"rows": gate_rows, "psnr": gate_psnr},
                 "moment_shape": list(moments[0].shape[1:]),
-                "text_width": self._text.width,
+                **self._text_widths(),
                 "num_captions": len(distinct),
                 "num_truncated": self._text.count_truncated(distinct),
             },
@@ -257,6 +259,11 @@ class EncodeStage:
         text = {"txt": captions[0].encode(), "json": json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()}
         return {"__key__": row["__key__"], **stored, **text}
 
+    def _text_widths(self) -> dict[str, JSON]:
+        if self._text.pooled_width is None:
+            return {"text_width": self._text.width}
+        return {"text_width": self._text.width, "pooled_width": self._text.pooled_width}
+
     def _write_text(self, task: ShardTask, content: bytes) -> FileRecord:
         write_bytes(shard_path(self.config.root, task.split, task.name, TEXT_SUFFIX), content)
         return FileRecord(len(content), hashlib.sha256(content).hexdigest())
@@ -326,7 +333,7 @@ def summarize(records: Sequence[ShardRecord], *, dataset_digest: str) -> dict[st
         "gate_psnr_mean": sum(figures) / len(figures),
         "num_captions": sum(record.details["num_captions"] for record in ordered),
         "num_truncated": sum(record.details["num_truncated"] for record in ordered),
-        "text_width": ordered[0].details["text_width"],
+        **{name: width for name, width in ordered[0].details.items() if name in ("text_width", "pooled_width")},
         "moment_shape": list(shapes.pop()),
     }
 
@@ -346,6 +353,8 @@ def check_latents(manifest: Manifest, autoencoder_digest: str, text_digest: str)
 
 
 def _identity(config: LatentsConfig, model: Autoencoder) -> dict[str, JSON]:
+    # Said only where there is one, so that latents of other text encoders are what they were before there were any.
+    pooled: dict[str, JSON] = {"pooled": output} if (output := config.text.kind.pooled_output) else {}
     return {
         "autoencoder": weights_digest(model.state_dict(), model.config),
         "preprocessing": {"image_size": config.image_size, "crop": "center", "range": [-1, 1]},
@@ -356,14 +365,17 @@ def _identity(config: LatentsConfig, model: Autoencoder) -> dict[str, JSON]:
         "precision": config.precision.value,
         "flip": config.flip,
         "schema_version": SCHEMA_VERSION,
+        **pooled,
     }
 
 
 def _bytes_per_row(config: LatentsConfig, model: Autoencoder) -> int:
     side = config.image_size // model.config.factor
     forms = 2 if config.flip else 1
-    tokens = config.text.max_tokens if config.text.kind is TextEncoderKind.CLIP else _TOKENS_PER_ROW
-    return forms * 2 * model.config.moment_channels * side**2 + tokens * _BYTES_PER_TOKEN + _TAR_BYTES_PER_ROW
+    kind = config.text.kind
+    tokens = config.text.max_tokens if kind.has_attended_pads else _TOKENS_PER_ROW
+    width = _WIDE_TOKENS.get(kind, _TOKEN_WIDTH)
+    return 2 * (forms * model.config.moment_channels * side**2 + tokens * width) + _TAR_BYTES_PER_ROW
 
 
 def _torch_device(device: Device) -> torch.device:

@@ -3,13 +3,13 @@
 Order: positions of the batch → rows (`pipeline.order`) → one gather of moments for each shard, from a memory map of its
 tar → caption choice, dropout and flip, each drawn at the row's own position → `LatentBatch`, some batches ahead.
 
-Letters: b batch, m moment channel, h latent row, w latent column, l token, d embedding width.
+Letters: b batch, m moment channel, h latent row, w latent column.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Float64
+from jaxtyping import Bool, Float64
 
-from ldm.conditioning.text import pad_states
+from ldm.conditioning.text_embedding import TextEmbedding, condition_of
 from ldm.config import Config
 from ldm.randomness import Draw, uniform
 from ldm.types import Condition, LatentBatch
@@ -140,7 +140,7 @@ class LatentLoader:
     def null_condition(self, batch_size: int) -> Condition:
         """Return the condition of the empty caption, `batch_size` times."""
         null = self._shard(0).text.embedding(0)
-        return _condition([null] * batch_size, self._max_tokens)
+        return condition_of([null] * batch_size, self._max_tokens)
 
     def _record_wait(self, seconds: float) -> None:
         self.wait_seconds += seconds
@@ -170,7 +170,7 @@ class LatentLoader:
         shape = self._shard(int(rows.shards[0])).shape
         moments = np.empty((len(positions), *shape), np.float16)
         keys = [""] * len(positions)
-        embeddings = [np.empty((0, 0), np.float16)] * len(positions)
+        embeddings: dict[int, TextEmbedding] = {}
         numbers = np.unique(rows.shards)
         self._files.fetch([int(number) for number in numbers if int(number) not in self._open])
         for number in numbers:
@@ -186,7 +186,7 @@ class LatentLoader:
             keys=tuple(keys),
             samples=torch.from_numpy(positions),
             moments=torch.from_numpy(moments).float(),
-            condition=_condition(embeddings, self._max_tokens),
+            condition=condition_of([embeddings[place] for place in range(len(keys))], self._max_tokens),
         )
 
     def _shard(self, number: int) -> LatentShard:
@@ -213,8 +213,3 @@ class _Draws(NamedTuple):
     quantiles: Float64[np.ndarray, " b"]
     dropped: Bool[np.ndarray, " b"]
     flipped: Bool[np.ndarray, " b"]
-
-
-def _condition(embeddings: Sequence[Float16[np.ndarray, "_ d"]], max_tokens: int) -> Condition:
-    states, mask = pad_states(embeddings, max_tokens)
-    return Condition(states=states, mask=mask)

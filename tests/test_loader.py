@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.conditioning.text import TextEncoder, TextEncoderConfig, pad_states
+from ldm.conditioning.text import TextEncoder, TextEncoderConfig, TextEncoderKind
+from ldm.conditioning.text_embedding import condition_of
 from ldm.types import Condition, LatentBatch
 from pipeline.images import ImageBatch, ImageLoader, ImageLoaderConfig, decode_pixels, image_of_pixels
 from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS
@@ -25,7 +26,9 @@ from pipeline.prefetch import prefetched
 from pipeline.store.manifest import load_manifest
 from pipeline.store.schema import Row, Split
 from pipeline.store.shards import read_rows
+from pipeline.text_table import open_text_table
 from tests.tiny_latents import write_latents
+from tests.tiny_text import encoder_config, write_sdxl
 
 NUM_TRAIN = 18
 
@@ -125,11 +128,11 @@ def test_loader_epoch_holds_every_row_once_with_its_own_moments_and_one_of_its_c
             stored = [np.load(io.BytesIO(row[name])).astype(np.float32) for name in (MOMENTS, FLIPPED_MOMENTS)]
             forms += [form for form in (0, 1) if np.array_equal(stored[form], batch.moments[place].numpy())]
             captions = json.loads(row["json"])["captions"]
-            states, mask = pad_states(encoder.encode(captions), 16)
+            own = condition_of(encoder.encode(captions), 16)
             given_states, given_mask = states_of(batch.condition)[place], mask_of(batch.condition)[place]
             fits = [
                 torch.equal(given_mask, one_mask) and bool((given_states - one_states).abs().max() < 1e-2)
-                for one_states, one_mask in zip(states, mask, strict=True)
+                for one_states, one_mask in zip(states_of(own), mask_of(own), strict=True)
             ]
             chosen.append(fits.index(True))
     assert set(chosen) == {0, 1}
@@ -150,10 +153,36 @@ def test_loader_dropout_share_is_the_one_asked_for(made: Path) -> None:
 
 def test_loader_null_condition_is_the_embedding_of_the_empty_caption(made: Path) -> None:
     encoder = TextEncoder(TextEncoderConfig(max_tokens=16), torch.device("cpu"))
-    states, mask = pad_states(encoder.encode([""]) * 3, 16)
+    own = condition_of(encoder.encode([""]) * 3, 16)
     null = latent_loader(made).null_condition(3)
-    assert torch.equal(states_of(null), states)
-    assert torch.equal(mask_of(null), mask)
+    assert torch.equal(states_of(null), states_of(own))
+    assert torch.equal(mask_of(null), mask_of(own))
+    assert null.pooled is None
+
+
+def test_loader_pooled_text_is_that_of_the_caption_whose_states_are_drawn(tmp_path: Path) -> None:
+    config = encoder_config(TextEncoderKind.SDXL, write_sdxl(tmp_path / "text"))
+    write_latents(tmp_path, text=config)
+    tables = [open_text_table(path) for path in (tmp_path / "latents" / "train").glob("*.text.safetensors")]
+    pooled_of_states = {
+        table.embedding(caption).states.astype(np.float32).tobytes(): table.embedding(caption).pooled
+        for table in tables
+        for caption in range(len(table.offsets) - 1)
+    }
+    empty = TextEncoder(config, torch.device("cpu")).encode([""])[0].pooled
+    drawn = []
+    for batch in take(latent_loader(tmp_path, caption_dropout=0.3).batches(), 9):
+        for states, pooled in zip(states_of(batch.condition), batch.condition.pooled, strict=True):
+            expected = pooled_of_states[states.numpy().tobytes()]
+            assert pooled.numpy().astype(np.float16).tobytes() == expected.tobytes()
+            drawn.append(expected.tobytes())
+    assert empty.tobytes() in drawn
+    assert len(set(drawn)) > 5
+    loader = latent_loader(tmp_path, caption_dropout=1.0)
+    null = loader.null_condition(4).pooled
+    assert null.numpy().tobytes() == np.stack([empty] * 4).astype(np.float32).tobytes()
+    assert torch.equal(take(loader.batches(), 1)[0].condition.pooled, null)
+    assert not torch.equal(loader.rows(0, 4).condition.pooled, null)
 
 
 def test_loader_rows_are_the_manifests_with_first_captions_and_nothing_drawn(made: Path) -> None:
