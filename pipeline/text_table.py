@@ -45,8 +45,12 @@ class TextTable:
 
     def embedding(self, caption: int) -> TextEmbedding:
         """Return the embedding of a caption by its number."""
-        states = self.tokens[self.offsets[caption] : self.offsets[caption + 1]]
-        return TextEmbedding(states=states, pooled=None if self.pooled is None else self.pooled[caption])
+        pooled = None if self.pooled is None else self.pooled[caption]
+        return TextEmbedding(states=self.states(caption), pooled=pooled)
+
+    def states(self, caption: int) -> Float16[np.ndarray, "l d"]:
+        """Return the token states of a caption by its number."""
+        return self.tokens[self.offsets[caption] : self.offsets[caption + 1]]
 
     def text(self, caption: int) -> str:
         """Return a caption by its number."""

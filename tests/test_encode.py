@@ -37,7 +37,7 @@ from tests.tiny_latents import (
     write_dataset,
     write_latents,
 )
-from tests.tiny_text import encoder_config, write_sdxl
+from tests.tiny_text import encoder_config, write_clip, write_sdxl
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,16 @@ def test_encode_text_table_holds_the_pooled_output_of_each_caption(made_with_pai
             stored = table.embedding(number)
             assert stored.states.tobytes() == own.states.tobytes()
             assert stored.pooled.tobytes() == own.pooled.tobytes()
+
+
+def test_claim_root_of_latents_from_before_pooled_output_is_refused(made: Path, tmp_path: Path) -> None:
+    text = encoder_config(TextEncoderKind.CLIP, write_clip(tmp_path / "text"))
+    plan = plan_latents(latents_config(made, root=str(tmp_path / "latents"), text=text))
+    before = {name: value for name, value in plan.identity.items() if name != "pooled"}
+    claim_root(plan.root, plan.kind, before)
+    with pytest.raises(ValueError, match='identity.pooled is null there, "pooler_output" here'):
+        carry_out(plan)
+    claim_root(plan.root, plan.kind, before)  # it is as it was
 
 
 def test_encode_centre_crop_is_the_middle_of_a_larger_image(tmp_path: Path) -> None:

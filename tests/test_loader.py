@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, TextEncoderKind
@@ -23,7 +25,7 @@ from pipeline.images import ImageBatch, ImageLoader, ImageLoaderConfig, decode_p
 from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS
 from pipeline.loader import WINDOW_ROWS, LatentLoader, LoaderConfig
 from pipeline.prefetch import prefetched
-from pipeline.store.manifest import load_manifest
+from pipeline.store.manifest import FileRecord, load_manifest
 from pipeline.store.schema import Row, Split
 from pipeline.store.shards import read_rows
 from pipeline.text_table import open_text_table
@@ -37,6 +39,14 @@ NUM_TRAIN = 18
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     write_latents(folder, flip=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents whose text encoder is a pair with a pooled output."""
+    folder = tmp_path_factory.mktemp("pooled")
+    write_latents(folder, text=encoder_config(TextEncoderKind.SDXL, write_sdxl(folder / "text")))
     return folder
 
 
@@ -160,29 +170,51 @@ def test_loader_null_condition_is_the_embedding_of_the_empty_caption(made: Path)
     assert null.pooled is None
 
 
-def test_loader_pooled_text_is_that_of_the_caption_whose_states_are_drawn(tmp_path: Path) -> None:
-    config = encoder_config(TextEncoderKind.SDXL, write_sdxl(tmp_path / "text"))
-    write_latents(tmp_path, text=config)
-    tables = [open_text_table(path) for path in (tmp_path / "latents" / "train").glob("*.text.safetensors")]
+def test_loader_pooled_text_is_that_of_the_caption_whose_states_are_drawn(pooled: Path) -> None:
+    tables = [open_text_table(path) for path in (pooled / "latents" / "train").glob("*.text.safetensors")]
     pooled_of_states = {
         table.embedding(caption).states.astype(np.float32).tobytes(): table.embedding(caption).pooled
         for table in tables
         for caption in range(len(table.offsets) - 1)
     }
-    empty = TextEncoder(config, torch.device("cpu")).encode([""])[0].pooled
+    encoder = TextEncoder(encoder_config(TextEncoderKind.SDXL, pooled / "text"), torch.device("cpu"))
+    empty = encoder.encode([""])[0].pooled
     drawn = []
-    for batch in take(latent_loader(tmp_path, caption_dropout=0.3).batches(), 9):
-        for states, pooled in zip(states_of(batch.condition), batch.condition.pooled, strict=True):
+    for batch in take(latent_loader(pooled, caption_dropout=0.3).batches(), 9):
+        for states, vector in zip(states_of(batch.condition), batch.condition.pooled, strict=True):
             expected = pooled_of_states[states.numpy().tobytes()]
-            assert pooled.numpy().astype(np.float16).tobytes() == expected.tobytes()
+            assert vector.numpy().astype(np.float16).tobytes() == expected.tobytes()
             drawn.append(expected.tobytes())
     assert empty.tobytes() in drawn
     assert len(set(drawn)) > 5
-    loader = latent_loader(tmp_path, caption_dropout=1.0)
+    loader = latent_loader(pooled, caption_dropout=1.0)
     null = loader.null_condition(4).pooled
     assert null.numpy().tobytes() == np.stack([empty] * 4).astype(np.float32).tobytes()
     assert torch.equal(take(loader.batches(), 1)[0].condition.pooled, null)
     assert not torch.equal(loader.rows(0, 4).condition.pooled, null)
+
+
+def test_loader_shard_without_the_pooled_text_of_the_others_is_refused(pooled: Path, tmp_path: Path) -> None:
+    shutil.copytree(pooled / "latents", tmp_path / "latents")
+    path = tmp_path / "latents" / "train" / "000001.text.safetensors"
+    stored = safetensors.numpy.load_file(path)
+    content = safetensors.numpy.save({name: part for name, part in stored.items() if name != "pooled"})
+    path.write_bytes(content)
+    manifest = load_manifest(str(tmp_path / "latents"))
+    record = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    shards = [
+        dataclasses.replace(shard, files={**shard.files, "text.safetensors": record})
+        if (shard.split, shard.name) == (Split.TRAIN, "000001")
+        else shard
+        for shard in manifest.shards
+    ]
+    manifest = dataclasses.replace(manifest, shards=tuple(shards))
+    config = LoaderConfig(root=str(tmp_path / "latents"), batch_size=4, num_streams=4, block_rows=3)
+    loader = LatentLoader(manifest, config)
+    assert loader.rows(0, 7).condition.pooled is not None
+    assert loader.rows(7, 12).condition.pooled is None
+    with pytest.raises(ValueError, match="13 of 18 rows have pooled text"):
+        loader.rows(0, 18)
 
 
 def test_loader_rows_are_the_manifests_with_first_captions_and_nothing_drawn(made: Path) -> None:
