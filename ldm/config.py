@@ -20,6 +20,8 @@ from typing import Any, Self
 
 import yaml
 
+_IS_ADDED_LATER = "is_added_later"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
@@ -57,6 +59,11 @@ class Config:
         return built
 
 
+def added_later(default: Any) -> Any:
+    """Return a config field that plain data leaves out at its default: what older code made keeps its digests."""
+    return dataclasses.field(default=default, metadata={_IS_ADDED_LATER: True})
+
+
 def digest_of(content: Any) -> str:
     """Return the sha256 of the canonical JSON of `content` (sorted keys, no spaces)."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -65,8 +72,8 @@ def digest_of(content: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Config):
-        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
+        said = [field for field in dataclasses.fields(value) if _is_said(field, getattr(value, field.name))]
+        return {"type": type(value).__name__, **{field.name: _plain(getattr(value, field.name)) for field in said}}
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, Path):
@@ -76,6 +83,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def _is_said(field: dataclasses.Field[Any], value: Any) -> bool:
+    return _IS_ADDED_LATER not in field.metadata or bool(value != field.default)
 
 
 def _flatten(prefix: str, value: Any) -> list[tuple[str, str]]:

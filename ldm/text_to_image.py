@@ -19,7 +19,8 @@ from jaxtyping import UInt8
 
 from ldm import storage
 from ldm.autoencoder.model import Autoencoder
-from ldm.conditioning.text import TextEncoder, TextEncoderConfig, pad_states, text_encoder_digest
+from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
+from ldm.conditioning.text_embedding import condition_of
 from ldm.config import Config, digest_of
 from ldm.diffusion.process import Prediction
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
@@ -148,9 +149,8 @@ class TextToImage:
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Return the prompts as the denoiser sees them."""
-        rows = self._text_encoder.encode(list(prompts))
-        states, mask = pad_states(rows, self._text_encoder.max_tokens)
-        return Condition(states=states, mask=mask).to(self._device, torch.float32)
+        embeddings = self._text_encoder.encode(list(prompts))
+        return condition_of(embeddings, self._text_encoder.max_tokens).to(self._device, torch.float32)
 
     @torch.no_grad()
     def images(

@@ -1,7 +1,7 @@
 """The types that cross the floors: what a batch of latents is and what the shape letters mean.
 
 Letters: b batch, c latent channel, m moment channel (2c for KL: mean then log-variance), h latent row,
-w latent column, y pixel row, x pixel column, l token, d embedding width.
+w latent column, y pixel row, x pixel column, l token, d embedding width, p width of the pooled text.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ TextStates = Float[Tensor, "b l d"]
 """Token embeddings of a frozen text encoder, padded with zeros to one length."""
 TextMask = Bool[Tensor, "b l"]
 """True where a token is real; padding is False."""
+PooledText = Float[Tensor, "b p"]
+"""One vector of a frozen text encoder for each whole caption."""
 SampleIndex = Int[Tensor, "b"]
 """Position of each row in the endless sequence of training samples: the clock that seeds every draw."""
 
@@ -33,16 +35,19 @@ class Condition:
     Attributes:
         states: token embeddings for cross-attention, shape (b, l, d), or None.
         mask: which tokens are real, shape (b, l); None means all are.
+        pooled: the whole captions' vectors, shape (b, p), or None where the text encoder has none.
     """
 
     states: TextStates | None = None
     mask: TextMask | None = None
+    pooled: PooledText | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
         """Return the same condition on `device`, its floats as `dtype`."""
         return Condition(
             states=None if self.states is None else self.states.to(device, dtype, non_blocking=True),
             mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
+            pooled=None if self.pooled is None else self.pooled.to(device, dtype, non_blocking=True),
         )
 
     def rows(self, start: int, stop: int) -> Condition:
@@ -50,6 +55,15 @@ class Condition:
         return Condition(
             states=None if self.states is None else self.states[start:stop],
             mask=None if self.mask is None else self.mask[start:stop],
+            pooled=None if self.pooled is None else self.pooled[start:stop],
+        )
+
+    def rolled(self, rows: int) -> Condition:
+        """Return the batch with every row told what belongs to the row `rows` places before it, round the end."""
+        return Condition(
+            states=None if self.states is None else self.states.roll(rows, 0),
+            mask=None if self.mask is None else self.mask.roll(rows, 0),
+            pooled=None if self.pooled is None else self.pooled.roll(rows, 0),
         )
 
 

@@ -40,7 +40,7 @@ from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS, npy_bytes
 from pipeline.plan import ShardTask
 from pipeline.prefetch import prefetched
 from pipeline.store.manifest import FileRecord, ShardRecord, shard_path
-from pipeline.store.schema import Row
+from pipeline.store.schema import JSON, Row
 from pipeline.store.shards import ShardIndex, read_index, write_shard
 from pipeline.text_table import distinct_captions, table_bytes
 
@@ -210,7 +210,7 @@ class EncodeStage:
                 "statistics": gate.statistics.to_dict(),
                 "gate": {"rows": list(gate.chosen), "psnr": gate.figures, "floor": self._floor},
                 "moment_shape": list(gate.moment_shape),
-                "text_width": self._text.width,
+                **self._text_widths(),
                 "num_captions": len(distinct),
                 "num_truncated": self._text.count_truncated(distinct),
             },
@@ -282,6 +282,11 @@ class EncodeStage:
         stored = {name: npy_bytes(form) for name, form in zip((MOMENTS, FLIPPED_MOMENTS), moments, strict=False)}
         text = {"txt": captions[0].encode(), "json": json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()}
         return {"__key__": key, **stored, **text}
+
+    def _text_widths(self) -> dict[str, JSON]:
+        if self._text.pooled_width is None:
+            return {"text_width": self._text.width}
+        return {"text_width": self._text.width, "pooled_width": self._text.pooled_width}
 
     def _write_text(self, task: ShardTask, content: bytes) -> FileRecord:
         write_bytes(shard_path(self.config.root, task.split, task.name, TEXT_SUFFIX), content)

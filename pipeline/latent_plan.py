@@ -21,9 +21,11 @@ FORMAT_VERSION = 2
 
 _TAR_BYTES_PER_ROW = 4096
 """Headers, caption and JSON of a row, each padded to blocks of 512."""
-_BYTES_PER_TOKEN = 2 * 768
 _TOKENS_PER_ROW = 32
 """For the estimate of disk space only: a row's captions without padding, some of them shared with other rows."""
+_TOKEN_WIDTH = 768
+_WIDE_TOKENS = {TextEncoderKind.CLIP_PROJECTION: 1280, TextEncoderKind.SDXL: 2048, TextEncoderKind.T5: 4096}
+"""For the same estimate: widths of the usual encoders of a kind, where they are wider."""
 
 
 def plan_latents(config: LatentsConfig) -> Plan:
@@ -92,7 +94,7 @@ def summarize(records: Sequence[ShardRecord], *, dataset_digest: str) -> dict[st
         "gate_psnr_mean": sum(figures) / len(figures),
         "num_captions": sum(record.details["num_captions"] for record in ordered),
         "num_truncated": sum(record.details["num_truncated"] for record in ordered),
-        "text_width": ordered[0].details["text_width"],
+        **{name: width for name, width in ordered[0].details.items() if name in ("text_width", "pooled_width")},
         "moment_shape": list(shapes.pop()),
     }
 
@@ -112,6 +114,8 @@ def check_latents(manifest: Manifest, autoencoder_digest: str, text_digest: str)
 
 
 def _identity(config: LatentsConfig, model: Autoencoder) -> dict[str, JSON]:
+    # Said only where there is one, so that latents of other text encoders are what they were before there were any.
+    pooled: dict[str, JSON] = {"pooled": output} if (output := config.text.kind.pooled_output) else {}
     return {
         "autoencoder": weights_digest(model.state_dict(), model.config),
         "preprocessing": {"image_size": config.image_size, "crop": "center", "range": [-1, 1]},
@@ -123,11 +127,14 @@ def _identity(config: LatentsConfig, model: Autoencoder) -> dict[str, JSON]:
         "flip": config.flip,
         "format": FORMAT_VERSION,
         "schema_version": SCHEMA_VERSION,
+        **pooled,
     }
 
 
 def _bytes_per_row(config: LatentsConfig, model: Autoencoder) -> int:
     side = config.image_size // model.config.factor
     forms = 2 if config.flip else 1
-    tokens = config.text.max_tokens if config.text.kind is TextEncoderKind.CLIP else _TOKENS_PER_ROW
-    return forms * 2 * model.config.moment_channels * side**2 + tokens * _BYTES_PER_TOKEN + _TAR_BYTES_PER_ROW
+    kind = config.text.kind
+    tokens = config.text.max_tokens if kind.has_attended_pads else _TOKENS_PER_ROW
+    width = _WIDE_TOKENS.get(kind, _TOKEN_WIDTH)
+    return 2 * (forms * model.config.moment_channels * side**2 + tokens * width) + _TAR_BYTES_PER_ROW

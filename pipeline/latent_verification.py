@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float16, Float64
 
 from ldm.conditioning.text import TextEncoder
+from ldm.conditioning.text_embedding import TextEmbedding
 from pipeline.encode import TEXT_SUFFIX, Encoder, LatentsConfig, Precision, on_this_machine
 from pipeline.latent_plan import plan_latents
 from pipeline.latent_shard import MOMENTS
@@ -128,14 +129,20 @@ class _Again:
                 facts = json.loads(row["json"])
                 made = self._text.encode(facts["captions"])
                 for caption, number, embedding in zip(facts["captions"], facts["text_index"], made, strict=True):
-                    there = table.embedding(number)
                     if table.text(number) != caption:
                         yield f"{here}: caption {number} of row {row['__key__']} is not {caption!r} in the text table"
-                    elif not _is_near(there, embedding):
+                    elif not _is_same(table.embedding(number), embedding):
                         yield f"{here}: the embedding of {caption!r} is not the text encoder's"
 
 
-def _is_near(there: Float16[np.ndarray, "_ d"], made: Float16[np.ndarray, "_ d"]) -> bool:
+def _is_same(there: TextEmbedding, made: TextEmbedding) -> bool:
+    """Say whether stored states and pooled output are those of the text encoder."""
+    if there.pooled is None or made.pooled is None:
+        return there.pooled is made.pooled and _is_near(there.states, made.states)
+    return _is_near(there.states, made.states) and _is_near(there.pooled, made.pooled)
+
+
+def _is_near(there: Float16[np.ndarray, "*_"], made: Float16[np.ndarray, "*_"]) -> bool:
     if there.shape != made.shape:
         return False
     apart = np.abs(there.astype(np.float64) - made).max()

@@ -3,7 +3,8 @@
 Order: positions of the batch → rows (`pipeline.order`) → one gather of moments for each shard, from a memory map of its
 tar → caption choice, dropout and flip, each drawn at the row's own position → `LatentBatch`, some batches ahead.
 
-Letters: b batch, m moment channel, h latent row, w latent column, l token, d embedding width.
+Letters: b batch, m moment channel, h latent row, w latent column, l token, d embedding width, p width of the pooled
+text, r rows of one shard.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Float64
+from jaxtyping import Bool, Float16, Float64, Int64
 
-from ldm.conditioning.text import pad_states
+from ldm.conditioning.text_embedding import condition_of, pad_states
 from ldm.config import Config
 from ldm.randomness import Draw, uniform
 from ldm.types import Condition, LatentBatch
@@ -34,6 +35,9 @@ from pipeline.store.schema import Split
 MAX_OPEN_SHARDS = 1024
 WINDOW_ROWS = 256
 """Rows of one rank gathered together and then cut into batches: the cost of touching a shard is shared by more rows."""
+
+Places = Int64[np.ndarray, " r"]
+PooledRows = Float16[np.ndarray, "r p"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +144,7 @@ class LatentLoader:
     def null_condition(self, batch_size: int) -> Condition:
         """Return the condition of the empty caption, `batch_size` times."""
         null = self._shard(0).text.embedding(0)
-        return _condition([null] * batch_size, self._max_tokens)
+        return condition_of([null] * batch_size, self._max_tokens)
 
     def _record_wait(self, seconds: float) -> None:
         self.wait_seconds += seconds
@@ -170,7 +174,8 @@ class LatentLoader:
         shape = self._shard(int(rows.shards[0])).shape
         moments = np.empty((len(positions), *shape), np.float16)
         keys = [""] * len(positions)
-        embeddings = [np.empty((0, 0), np.float16)] * len(positions)
+        states = [np.empty((0, 0), np.float16)] * len(positions)
+        pooled: list[tuple[Places, PooledRows]] = []
         numbers = np.unique(rows.shards)
         self._files.fetch([int(number) for number in numbers if int(number) not in self._open])
         for number in numbers:
@@ -181,12 +186,14 @@ class LatentLoader:
             captions = np.where(draws.dropped[here], 0, shard.text.chosen(shard_rows, draws.quantiles[here]))
             for place, row, caption in zip(here.tolist(), shard_rows.tolist(), captions.tolist(), strict=True):
                 keys[place] = shard.keys[row]
-                embeddings[place] = shard.text.embedding(caption)
+                states[place] = shard.text.states(caption)
+            if shard.text.pooled is not None:
+                pooled.append((here, shard.text.pooled[captions]))
         return LatentBatch(
             keys=tuple(keys),
             samples=torch.from_numpy(positions),
             moments=torch.from_numpy(moments).float(),
-            condition=_condition(embeddings, self._max_tokens),
+            condition=_condition(states, pooled, self._max_tokens),
         )
 
     def _shard(self, number: int) -> LatentShard:
@@ -215,6 +222,17 @@ class _Draws(NamedTuple):
     flipped: Bool[np.ndarray, " b"]
 
 
-def _condition(embeddings: Sequence[Float16[np.ndarray, "_ d"]], max_tokens: int) -> Condition:
-    states, mask = pad_states(embeddings, max_tokens)
-    return Condition(states=states, mask=mask)
+def _condition(
+    states: Sequence[Float16[np.ndarray, "_ d"]], pooled: Sequence[tuple[Places, PooledRows]], max_tokens: int
+) -> Condition:
+    """Return the condition of rows with the given states; `pooled` holds each shard's rows and their places."""
+    padded, mask = pad_states(states, max_tokens)
+    if not pooled:
+        return Condition(states=padded, mask=mask)
+    num_pooled = sum(len(places) for places, _ in pooled)
+    if num_pooled < len(states):
+        raise ValueError(f"{num_pooled} of {len(states)} rows have pooled text: all shards must have it, or none")
+    rows = np.empty((len(states), pooled[0][1].shape[1]), np.float16)
+    for places, part in pooled:
+        rows[places] = part
+    return Condition(states=padded, mask=mask, pooled=torch.from_numpy(rows).float())

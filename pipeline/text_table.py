@@ -3,7 +3,8 @@
 The file is a safetensors of
     tokens (t, d) float16, all embeddings end to end, unpadded;   offsets (n + 1) int64, where each embedding stops,
     letters (u) uint8, all captions in UTF-8 end to end;          letter_offsets (n + 1) int64,
-    choices (k) int32, the captions of all rows end to end;       choice_offsets (rows + 1) int64.
+    choices (k) int32, the captions of all rows end to end;       choice_offsets (rows + 1) int64,
+    pooled (n, p) float16, one row a caption, only where the text encoder has a pooled output.
 Caption 0 is the empty one, the null condition; the others are sorted.
 """
 
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from jaxtyping import Float16, Float64, Int32, Int64, UInt8
+
+from ldm.conditioning.text_embedding import TextEmbedding, stacked_pooled
 
 NULL_CAPTION = ""
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -38,9 +41,15 @@ class TextTable:
     letter_offsets: Int64[np.ndarray, " n_plus_1"]
     choices: Int32[np.ndarray, " k"]
     choice_offsets: Int64[np.ndarray, " rows_plus_1"]
+    pooled: Float16[np.ndarray, "n p"] | None = None
 
-    def embedding(self, caption: int) -> Float16[np.ndarray, "l d"]:
+    def embedding(self, caption: int) -> TextEmbedding:
         """Return the embedding of a caption by its number."""
+        pooled = None if self.pooled is None else self.pooled[caption]
+        return TextEmbedding(states=self.states(caption), pooled=pooled)
+
+    def states(self, caption: int) -> Float16[np.ndarray, "l d"]:
+        """Return the token states of a caption by its number."""
         return self.tokens[self.offsets[caption] : self.offsets[caption + 1]]
 
     def text(self, caption: int) -> str:
@@ -62,19 +71,20 @@ def distinct_captions(captions: Sequence[Sequence[str]]) -> list[str]:
 
 
 def table_bytes(
-    distinct: Sequence[str], embeddings: Sequence[Float16[np.ndarray, "_ d"]], choices: Sequence[Sequence[int]]
+    distinct: Sequence[str], embeddings: Sequence[TextEmbedding], choices: Sequence[Sequence[int]]
 ) -> bytes:
     """Return the file's content: `embeddings` of the `distinct` captions, and each row's caption numbers."""
     letters = [caption.encode() for caption in distinct]
     tensors = {
-        "tokens": np.concatenate(embeddings),
-        "offsets": _offsets([len(row) for row in embeddings]),
+        "tokens": np.concatenate([embedding.states for embedding in embeddings]),
+        "offsets": _offsets([len(embedding.states) for embedding in embeddings]),
         "letters": np.frombuffer(b"".join(letters), np.uint8),
         "letter_offsets": _offsets([len(row) for row in letters]),
         "choices": np.array([number for row in choices for number in row], np.int32),
         "choice_offsets": _offsets([len(row) for row in choices]),
     }
-    return safetensors.numpy.save(tensors)
+    pooled = stacked_pooled(embeddings)
+    return safetensors.numpy.save(tensors if pooled is None else tensors | {"pooled": pooled})
 
 
 def open_text_table(path: Path) -> TextTable:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.config import Config, digest_of
+from ldm.config import Config, added_later, digest_of
 
 
 class Kind(StrEnum):
@@ -153,6 +153,19 @@ def test_a_whole_number_is_welcome_where_a_number_is_asked_for() -> None:
     assert run.optim.lr == 1.0
     assert isinstance(run.optim.lr, float)
     assert run.digest() == Run(source=Emoji(), optim=Optim(lr=1.0)).digest()
+
+
+def test_a_field_added_later_changes_no_digest_until_it_is_set() -> None:
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Grown(Config):
+        path: str
+        depth: int | None = added_later(None)
+
+    before = {"type": "Grown", "path": "a"}
+    assert Grown(path="a").to_dict() == before
+    assert Grown(path="a").digest() == digest_of(before)
+    assert Grown(path="a", depth=0).to_dict() == before | {"depth": 0}
+    assert Grown(path="a", depth=0).flat()["depth"] == "0"
 
 
 def test_a_field_that_is_not_in_the_file_has_its_default() -> None:

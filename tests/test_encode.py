@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import webdataset
 
 from ldm.autoencoder.model import Autoencoder
 from ldm.autoencoder.regularizer import LOG_VARIANCE_RANGE
-from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
+from ldm.conditioning.text import TextEncoder, TextEncoderConfig, TextEncoderKind, text_encoder_digest
 from ldm.interop.diffusers import save_autoencoder, weights_digest
 from pipeline.encode import Precision
 from pipeline.images import decode_pixels, image_of_pixels
@@ -38,6 +39,7 @@ from tests.tiny_latents import (
     write_dataset,
     write_latents,
 )
+from tests.tiny_text import encoder_config, write_clip, write_sdxl
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     write_latents(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def made_with_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents whose captions went through a pair of towers, which has a pooled output."""
+    folder = tmp_path_factory.mktemp("pair")
+    write_latents(folder, text=pair_config(write_sdxl(folder / "text")))
+    return folder
+
+
+def pair_config(folder: Path) -> TextEncoderConfig:
+    return encoder_config(TextEncoderKind.SDXL, folder)
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -165,12 +179,47 @@ def test_encode_text_table_holds_each_caption_once_and_the_empty_one_first(made:
         texts = [table.text(number) for number in range(len(table.offsets) - 1)]
         assert texts[0] == ""
         assert texts[1:] == sorted(set(texts[1:]) - {""})
-        assert table.embedding(0).tobytes() == encoder.encode([""])[0].tobytes()
+        assert table.embedding(0).states.tobytes() == encoder.encode([""])[0].states.tobytes()
         for number, row in enumerate(read_rows(str(tar))):
             fact = json.loads(row["json"])
             chosen = table.choices[table.choice_offsets[number] : table.choice_offsets[number + 1]].tolist()
             assert chosen == fact["text_index"]
             assert [texts[caption] for caption in chosen] == fact["captions"]
+
+
+def test_encode_text_table_of_an_encoder_without_pooled_output_is_the_six_tensors_it_always_was(made: Path) -> None:
+    for tar in sorted((made / "latents").rglob("*.tar")):
+        path = tar.with_suffix(".text.safetensors")
+        stored = safetensors.numpy.load_file(path)
+        assert sorted(stored) == ["choice_offsets", "choices", "letter_offsets", "letters", "offsets", "tokens"]
+        assert safetensors.numpy.save(stored) == path.read_bytes()
+    assert "pooled" not in load_manifest(str(made / "latents")).identity
+    assert "pooled_width" not in load_manifest(str(made / "latents")).summary
+
+
+def test_encode_text_table_holds_the_pooled_output_of_each_caption(made_with_pair: Path) -> None:
+    manifest = load_manifest(str(made_with_pair / "latents"))
+    assert manifest.identity["pooled"] == "text_embeds"
+    assert (manifest.summary["text_width"], manifest.summary["pooled_width"]) == (80, 24)
+    encoder = TextEncoder(pair_config(made_with_pair / "text"), torch.device("cpu"))
+    for tar in sorted((made_with_pair / "latents").rglob("*.tar")):
+        table = open_text_table(tar.with_suffix(".text.safetensors"))
+        captions = [table.text(number) for number in range(len(table.offsets) - 1)]
+        assert table.pooled.shape == (len(captions), 24)
+        for number, own in enumerate([*encoder.encode([""]), *encoder.encode(captions[1:])]):
+            stored = table.embedding(number)
+            assert stored.states.tobytes() == own.states.tobytes()
+            assert stored.pooled.tobytes() == own.pooled.tobytes()
+
+
+def test_claim_root_of_latents_from_before_pooled_output_is_refused(made: Path, tmp_path: Path) -> None:
+    text = encoder_config(TextEncoderKind.CLIP, write_clip(tmp_path / "text"))
+    plan = plan_latents(latents_config(made, root=str(tmp_path / "latents"), text=text))
+    before = {name: value for name, value in plan.identity.items() if name != "pooled"}
+    claim_root(plan.root, plan.kind, before)
+    with pytest.raises(ValueError, match='identity.pooled is null there, "pooler_output" here'):
+        carry_out(plan)
+    claim_root(plan.root, plan.kind, before)  # it is as it was
 
 
 def test_encode_centre_crop_is_the_middle_of_a_larger_image(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from ldm.diffusion.process import Prediction
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
-from ldm.samplers.guidance import conditional_denoiser, guided_denoiser
+from ldm.samplers.guidance import conditional_denoiser, guided_denoiser, joined
 from ldm.types import Condition
 
 SCHEDULE = Schedule(ScheduleConfig())
@@ -88,6 +88,43 @@ def test_guidance_keeps_the_masks_of_both_conditions():
     null_mask = torch.tensor([[True, False, False], [True, False, False]])
     assert torch.equal(seen[0].mask, torch.cat([mask, null_mask]))
     assert torch.equal(seen[0].states[2:, 1:], torch.zeros(2, 2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("null_rows", [1, 2])
+def test_guidance_keeps_the_pooled_text_of_both_conditions(null_rows):
+    states, pooled, null_pooled = randn(2, 3, 2), randn(2, 5, seed=1), randn(null_rows, 5, seed=2)
+    for mask in (None, torch.ones(2, 3, dtype=torch.bool)):
+        condition = Condition(states=states, mask=mask, pooled=pooled)
+        both = joined(condition, Condition(states=states[:null_rows], pooled=null_pooled))
+        assert torch.equal(both.pooled, torch.cat([pooled, null_pooled.expand(2, -1)]))
+
+
+@pytest.mark.parametrize(
+    "null_pooled, message",
+    [
+        (None, "in both .* or in neither"),
+        (torch.zeros(1, 4), "1 or 2 rows of width 5, got 1 rows of width 4"),
+        (torch.zeros(3, 5), "1 or 2 rows of width 5, got 3 rows of width 5"),
+    ],
+)
+def test_guidance_with_pooled_text_that_does_not_match_is_refused(null_pooled, message):
+    states = torch.zeros(2, 3, 2)
+    with pytest.raises(ValueError, match=message):
+        joined(Condition(states=states, pooled=torch.zeros(2, 5)), Condition(states=states, pooled=null_pooled))
+
+
+def test_condition_rows_copies_and_rolls_keep_every_part_of_a_row_together():
+    mask = torch.arange(12).reshape(4, 3) % 2 == 0
+    whole = Condition(states=randn(4, 3, 2), mask=mask, pooled=randn(4, 5, seed=1))
+    order = [2, 3, 0, 1]
+    rolled = whole.rolled(2)
+    assert torch.equal(rolled.states, whole.states[order])
+    assert torch.equal(rolled.mask, mask[order])
+    assert torch.equal(rolled.pooled, whole.pooled[order])
+    assert torch.equal(rolled.rows(0, 2).pooled, whole.rows(2, 4).pooled)
+    placed = whole.to(torch.device("cpu"), torch.float32)
+    assert (placed.states.dtype, placed.mask.dtype, placed.pooled.dtype) == (torch.float32, torch.bool, torch.float32)
+    assert Condition().rolled(1) == Condition().rows(0, 1) == Condition()
 
 
 @pytest.mark.parametrize(

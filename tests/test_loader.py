@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
@@ -14,18 +15,22 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
-from ldm.conditioning.text import TextEncoder, TextEncoderConfig, pad_states
+from ldm.conditioning.text import TextEncoder, TextEncoderConfig, TextEncoderKind
+from ldm.conditioning.text_embedding import condition_of
 from ldm.types import Condition, LatentBatch
 from pipeline.images import ImageBatch, ImageLoader, ImageLoaderConfig, decode_pixels, image_of_pixels
 from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS
 from pipeline.loader import WINDOW_ROWS, LatentLoader, LoaderConfig
 from pipeline.prefetch import prefetched
-from pipeline.store.manifest import load_manifest
+from pipeline.store.manifest import FileRecord, load_manifest
 from pipeline.store.schema import Row, Split
 from pipeline.store.shards import read_rows
+from pipeline.text_table import open_text_table
 from tests.tiny_latents import write_latents
+from tests.tiny_text import encoder_config, write_sdxl
 
 NUM_TRAIN = 18
 
@@ -34,6 +39,14 @@ NUM_TRAIN = 18
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     write_latents(folder, flip=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents whose text encoder is a pair with a pooled output."""
+    folder = tmp_path_factory.mktemp("pooled")
+    write_latents(folder, text=encoder_config(TextEncoderKind.SDXL, write_sdxl(folder / "text")))
     return folder
 
 
@@ -125,11 +138,11 @@ def test_loader_epoch_holds_every_row_once_with_its_own_moments_and_one_of_its_c
             stored = [np.load(io.BytesIO(row[name])).astype(np.float32) for name in (MOMENTS, FLIPPED_MOMENTS)]
             forms += [form for form in (0, 1) if np.array_equal(stored[form], batch.moments[place].numpy())]
             captions = json.loads(row["json"])["captions"]
-            states, mask = pad_states(encoder.encode(captions), 16)
+            own = condition_of(encoder.encode(captions), 16)
             given_states, given_mask = states_of(batch.condition)[place], mask_of(batch.condition)[place]
             fits = [
                 torch.equal(given_mask, one_mask) and bool((given_states - one_states).abs().max() < 1e-2)
-                for one_states, one_mask in zip(states, mask, strict=True)
+                for one_states, one_mask in zip(states_of(own), mask_of(own), strict=True)
             ]
             chosen.append(fits.index(True))
     assert set(chosen) == {0, 1}
@@ -150,10 +163,58 @@ def test_loader_dropout_share_is_the_one_asked_for(made: Path) -> None:
 
 def test_loader_null_condition_is_the_embedding_of_the_empty_caption(made: Path) -> None:
     encoder = TextEncoder(TextEncoderConfig(max_tokens=16), torch.device("cpu"))
-    states, mask = pad_states(encoder.encode([""]) * 3, 16)
+    own = condition_of(encoder.encode([""]) * 3, 16)
     null = latent_loader(made).null_condition(3)
-    assert torch.equal(states_of(null), states)
-    assert torch.equal(mask_of(null), mask)
+    assert torch.equal(states_of(null), states_of(own))
+    assert torch.equal(mask_of(null), mask_of(own))
+    assert null.pooled is None
+
+
+def test_loader_pooled_text_is_that_of_the_caption_whose_states_are_drawn(pooled: Path) -> None:
+    tables = [open_text_table(path) for path in (pooled / "latents" / "train").glob("*.text.safetensors")]
+    pooled_of_states = {
+        table.embedding(caption).states.astype(np.float32).tobytes(): table.embedding(caption).pooled
+        for table in tables
+        for caption in range(len(table.offsets) - 1)
+    }
+    encoder = TextEncoder(encoder_config(TextEncoderKind.SDXL, pooled / "text"), torch.device("cpu"))
+    empty = encoder.encode([""])[0].pooled
+    drawn = []
+    for batch in take(latent_loader(pooled, caption_dropout=0.3).batches(), 9):
+        for states, vector in zip(states_of(batch.condition), batch.condition.pooled, strict=True):
+            expected = pooled_of_states[states.numpy().tobytes()]
+            assert vector.numpy().astype(np.float16).tobytes() == expected.tobytes()
+            drawn.append(expected.tobytes())
+    assert empty.tobytes() in drawn
+    assert len(set(drawn)) > 5
+    loader = latent_loader(pooled, caption_dropout=1.0)
+    null = loader.null_condition(4).pooled
+    assert null.numpy().tobytes() == np.stack([empty] * 4).astype(np.float32).tobytes()
+    assert torch.equal(take(loader.batches(), 1)[0].condition.pooled, null)
+    assert not torch.equal(loader.rows(0, 4).condition.pooled, null)
+
+
+def test_loader_shard_without_the_pooled_text_of_the_others_is_refused(pooled: Path, tmp_path: Path) -> None:
+    shutil.copytree(pooled / "latents", tmp_path / "latents")
+    path = tmp_path / "latents" / "train" / "000001.text.safetensors"
+    stored = safetensors.numpy.load_file(path)
+    content = safetensors.numpy.save({name: part for name, part in stored.items() if name != "pooled"})
+    path.write_bytes(content)
+    manifest = load_manifest(str(tmp_path / "latents"))
+    record = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    shards = [
+        dataclasses.replace(shard, files={**shard.files, "text.safetensors": record})
+        if (shard.split, shard.name) == (Split.TRAIN, "000001")
+        else shard
+        for shard in manifest.shards
+    ]
+    manifest = dataclasses.replace(manifest, shards=tuple(shards))
+    config = LoaderConfig(root=str(tmp_path / "latents"), batch_size=4, num_streams=4, block_rows=3)
+    loader = LatentLoader(manifest, config)
+    assert loader.rows(0, 7).condition.pooled is not None
+    assert loader.rows(7, 12).condition.pooled is None
+    with pytest.raises(ValueError, match="13 of 18 rows have pooled text"):
+        loader.rows(0, 18)
 
 
 def test_loader_rows_are_the_manifests_with_first_captions_and_nothing_drawn(made: Path) -> None:

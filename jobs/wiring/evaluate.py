@@ -26,7 +26,7 @@ from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
-from ldm.types import Condition, Image, LatentBatch
+from ldm.types import Image, LatentBatch
 from pipeline.images import ImageLoader, ImageLoaderConfig
 from pipeline.loader import LatentLoader, LoaderConfig
 from pipeline.store.manifest import load_manifest
@@ -178,7 +178,7 @@ def _denoising(config: EvaluateConfig, held_out: LatentLoader, world: World, bar
         schedule=Schedule(card.schedule), prediction=card.prediction, space=card.space, num_rows=num_rows
     )
     batch = held_out.rows(0, num_rows)
-    shuffled = _rolled(batch.condition, num_rows // 2)
+    shuffled = batch.condition.rolled(num_rows // 2)
     sums = [0.0, 0.0]
     for start in range(0, num_rows, BATCH):
         stop = min(start + BATCH, num_rows)
@@ -211,13 +211,6 @@ def _distance(
 def _batches(images: ImageLoader, num_rows: int) -> Iterator[Image]:
     for start in range(0, num_rows, BATCH):
         yield images.rows(start, min(start + BATCH, num_rows)).images
-
-
-def _rolled(condition: Condition, rows: int) -> Condition:
-    """Give every row the condition of another one."""
-    assert condition.states is not None
-    mask = None if condition.mask is None else condition.mask.roll(rows, 0)
-    return Condition(states=condition.states.roll(rows, 0), mask=mask)
 
 
 def _placed(batch: LatentBatch, device: torch.device) -> LatentBatch:

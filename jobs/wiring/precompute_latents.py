@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 
 from jobs.session import without_warnings
-from jobs.wiring.publishing import publish_report
+from jobs.wiring.data_runs import publish_report
 from ldm.storage import exists, join
 from ldm.training.tracking_config import TrackingConfig
 from pipeline.encode import LatentsConfig

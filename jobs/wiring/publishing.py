@@ -1,57 +1,63 @@
-"""The MLflow run of a data job: its configuration, its counts, the digest of what it made, and its report."""
+"""What evaluation and sampling leave in MLflow: figures on the run and the version, pictures among the run's files."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from typing import Any
 
-from jobs.session import code_version, without_warnings
-from jobs.wiring.recording import save_run_config
-from ldm.config import Config
+from jobs.session import without_warnings
+from jobs.wiring.evaluate import REPORT_FILE, EvaluateConfig
+from jobs.wiring.recording import run_of
+from jobs.wiring.registering import registered_model
+from jobs.wiring.sample import SampleConfig
+from ldm import storage
 from ldm.training.record import MirrorError
-from ldm.training.tracking_config import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
 
-def publish_report(
-    config: Config,
-    tracking: TrackingConfig,
-    record: str,
-    title: str,
-    metrics: Mapping[str, float],
-    digest: Mapping[str, str],
-    page: str,
-) -> None:
-    """Bring what a data job made into MLflow, where it has a server; the data do not depend on it.
-
-    Args:
-        config: the job's whole configuration.
-        tracking: the server.
-        record: local folder that remembers the run.
-        title: the run's name.
-        metrics: what was counted and measured.
-        digest: name and digest of what was made, as a tag.
-        page: path of the report.
-
-    Raises:
-        ValueError: if there is a server and no folder to remember the run in.
-    """
-    if not tracking.uri:
+def publish_evaluation(config: EvaluateConfig, report: dict[str, Any], has_passed: bool) -> None:
+    """Write an evaluation on the run and the registered version; a champion is a version that passed."""
+    run_id, uri = run_of(config.record).get("run_id", ""), config.tracking.uri
+    if not (uri and run_id):
         return
-    if not record:
-        raise ValueError("tracking.uri needs a folder under --record, where the MLflow run is remembered")
-    # Optional: a machine without MLflow keeps the report beside the data.
-    with without_warnings():
-        from ldm.training.tracking import end_run, log_file, log_values, open_run
-    save_run_config(config, record)
-    run_id = open_run(tracking, record, title, config.flat(), {**digest, **code_version()})
-    if not run_id:
-        return
+    # Optional: a machine without MLflow evaluates with --tracking.uri "".
+    with without_warnings():  # MLflow's advice on annotations
+        from ldm.registry import RegisteredModel, RegistryError, record_evaluation
+    from ldm.training.tracking import log_file, log_values
+
     try:
-        log_values(tracking.uri, run_id, dict(metrics))
-        log_file(tracking.uri, run_id, page)
+        log_values(uri, run_id, {f"evaluation_{name}": value for name, value in report["metrics"].items()})
+        log_file(uri, run_id, storage.join(config.root, REPORT_FILE))
     except MirrorError as error:
-        logger.warning("the report is in %s only: %s", page, error)
+        logger.warning("the evaluation is in %s only: %s", storage.join(config.root, REPORT_FILE), error)
         return
-    end_run(tracking.uri, run_id, "FINISHED")
+    version = registered_model(config.root, report["model"], uri)
+    if not version:
+        return
+    model = RegisteredModel(**version)
+    try:
+        record_evaluation(
+            uri=uri, model=model, protocol_digest=report["protocol"], metrics=report["metrics"], has_passed=has_passed
+        )
+    except RegistryError as error:
+        logger.warning("the evaluation is not on the registered version: %s", error)
+        return
+    state = (
+        f"models:/{model.name}@champion is now version {model.version}"
+        if has_passed
+        else "no champion: it did not pass"
+    )
+    print(f"registry  {state}")
+
+
+def publish_picture(config: SampleConfig, path: str) -> None:
+    """Copy a picture to the files of the run that trained the model."""
+    run_id = run_of(config.record).get("run_id", "")
+    if config.tracking.uri and run_id and storage.is_local(path):
+        from ldm.training.tracking import log_file
+
+        try:
+            log_file(config.tracking.uri, run_id, path, "pictures")
+        except MirrorError as error:
+            logger.warning("the picture is in %s only: %s", path, error)

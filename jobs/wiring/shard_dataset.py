@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from jobs.wiring.publishing import publish_report
+from jobs.wiring.data_runs import publish_report
 from ldm import storage
 from ldm.training.tracking_config import TrackingConfig
 from pipeline.ingest.config import DatasetConfig

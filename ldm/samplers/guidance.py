@@ -4,7 +4,7 @@
 
 What a network predicts and the clean latent differ by an affine map, so guiding either is the same.
 
-Letters: b batch, c latent channel, h row, w column, l token, d width.
+Letters: b batch, c latent channel, h row, w column, l token, d width, p width of the pooled text.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def joined(condition: Condition, null_condition: Condition) -> Condition:
     """Return the rows of a condition and then as many null ones, padded to one length and masked where they differ.
 
     Raises:
-        ValueError: if one has token states and the other has none, or their widths or numbers of rows don't match.
+        ValueError: if one has states or pooled text and the other has none, or widths or numbers of rows don't match.
     """
     states, null_states = condition.states, null_condition.states
     if states is None or null_states is None:
@@ -86,15 +86,30 @@ def joined(condition: Condition, null_condition: Condition) -> Condition:
         raise ValueError(
             f"the null condition needs 1 or {rows} rows of width {width}, got {null_rows} rows of width {null_width}"
         )
+    pooled = _joined_pooled(condition.pooled, null_condition.pooled, rows)
     longest = max(length, null_length)
     null_states = null_states.expand(rows, -1, -1)
     together = torch.cat([_padded_states(states, longest), _padded_states(null_states, longest)])
     is_plain = condition.mask is None and null_condition.mask is None and length == null_length
     if is_plain:
-        return Condition(states=together)
+        return Condition(states=together, pooled=pooled)
     mask = _padded_mask(condition, longest)
     null_mask = _padded_mask(null_condition, longest).expand(rows, -1)
-    return Condition(states=together, mask=torch.cat([mask, null_mask]))
+    return Condition(states=together, mask=torch.cat([mask, null_mask]), pooled=pooled)
+
+
+def _joined_pooled(pooled: Tensor | None, null_pooled: Tensor | None, rows: int) -> Tensor | None:
+    if pooled is None and null_pooled is None:
+        return None
+    if pooled is None or null_pooled is None:
+        raise ValueError("guidance needs pooled text in both the condition and the null condition, or in neither")
+    null_rows, null_width = null_pooled.shape
+    if null_rows not in (1, rows) or null_width != pooled.shape[1]:
+        raise ValueError(
+            f"the null condition needs pooled text of 1 or {rows} rows of width {pooled.shape[1]}, "
+            f"got {null_rows} rows of width {null_width}"
+        )
+    return torch.cat([pooled, null_pooled.expand(rows, -1)])
 
 
 def _padded_states(states: Tensor, length: int) -> Tensor:
