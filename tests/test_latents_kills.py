@@ -14,7 +14,8 @@ from tests.kills import Job, kill_again_and_again
 from tests.small_datasets import contents
 from tests.tiny_latents import latents_config, write_autoencoder, write_dataset
 
-pytestmark = pytest.mark.timeout(3000)
+# Their short form is a kill of the whole job in test_jobs.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 SEED = 5
 DRIVER = """
 import sys, ray
@@ -58,12 +59,7 @@ def survives(inputs: Path, unbroken: tuple[Path, float], folder: Path, num_kills
     assert verify_latents(config, 0.01).problems == ()
 
 
-def test_latents_killed_twice_by_two_workers_are_those_never_killed_by_one(inputs, unbroken, tmp_path):
-    survives(inputs, unbroken, tmp_path, 2)
-
-
-@pytest.mark.slow
 def test_latents_killed_twenty_times_are_those_never_killed(inputs, unbroken, tmp_path):
-    """Each story begins anew, so that no kill finds a finished cache."""
+    """By two workers, against one worker's; each story begins anew, so that no kill finds a finished cache."""
     for number in range(7):
         survives(inputs, unbroken, tmp_path / str(number), 3)
