@@ -146,7 +146,13 @@ def growing_cluster(folder: Path) -> Iterator[str]:
         "cluster_name": "growing",
         "max_workers": 2,
         "idle_timeout_minutes": 0.25,
-        "provider": {"type": "fake_multinode", "gcs_address": f"{ray.util.get_node_ip_address()}:{port}"},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"{ray.util.get_node_ip_address()}:{port}",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
         "available_node_types": {
             "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
