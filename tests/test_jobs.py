@@ -34,7 +34,7 @@ SMALL = {
         "--loop.total-samples 256 --loop.checkpoint-every 32 --loop.validate-every 0 --loop.log-every 64 "
         "--loss.adversarial-start 64 --autoencoder.base-channels 8 --optim.warmup-samples 0 --batch-size 16"
     ),
-    "precompute_latents": "--image-size 32 --gate-min-psnr 0",
+    "precompute_latents": "--image-size 32 --gate.min-psnr 0",
     "train_ldm": (
         "--loop.total-samples 256 --loop.checkpoint-every 32 --loop.validate-every 128 --loop.log-every 32 "
         "--loop.picture-every 0 --unet.base-channels 32 --batch-size 16 --optim.warmup-samples 0"
