@@ -65,7 +65,7 @@ class _Line(Generic[ConfigT]):
     saved_config: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")]
     """YAML file of a whole config, as saved with every run, in place of a recipe; flags still override its fields."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff]
-    """Say what would be done and what is already there, and do nothing."""
+    """Say what would be done and what is already there, and make nothing."""
     config: Annotated[ConfigT, tyro.conf.arg(name="")]
 
 

@@ -4,7 +4,7 @@ Order for each shard: captions of all rows → distinct ones embedded → batche
 centre crops → encoder → fp16 moments, each on a thread of its own, ahead of what needs it → tar, while the gate counts
 and keeps a few rows → gate judges → tar, index and text table are published → record.
 Dropout, flips and the choice of a caption are no part of this: they are drawn when rows are loaded. What is in memory
-are some batches, the captions and the embeddings of one shard: pictures never are.
+are some batches, and the captions and embeddings of one shard, these three times while their table is written.
 
 Letters: b batch, m moment channel, h latent row, w latent column, y pixel row, x pixel column.
 """
@@ -308,15 +308,19 @@ def _ignore(seconds: float) -> None:
     """Nobody asks how long the stage waited for its pictures."""
 
 
+def has_gpu() -> bool:
+    """Say whether this machine has a GPU that torch can use."""
+    return torch.cuda.is_available()
+
+
 def torch_device(device: Device) -> torch.device:
     """Return the device that is meant; raises ValueError if a GPU is asked for where there is none."""
-    has_gpu = torch.cuda.is_available()
     match device:
         case Device.CPU:
             return torch.device("cpu")
-        case Device.CUDA if not has_gpu:
+        case Device.CUDA if not has_gpu():
             raise ValueError("device is cuda, and this machine has no GPU that torch can use")
         case Device.CUDA:
             return torch.device("cuda")
         case Device.AUTO:
-            return torch.device("cuda" if has_gpu else "cpu")
+            return torch.device("cuda" if has_gpu() else "cpu")

@@ -7,6 +7,7 @@ this machine → rows a second and bytes a row → hours, bytes, money, and the 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import time
@@ -21,7 +22,7 @@ from ldm.config import Config
 from pipeline.encode import EncodeStage, LatentsConfig
 from pipeline.plan import Plan, ShardTask
 from pipeline.store.manifest import shard_path
-from pipeline.store.schema import Row, Split
+from pipeline.store.schema import Row
 from pipeline.store.shards import read_rows, write_shard
 
 MAX_PROCESSES = 8
@@ -133,15 +134,16 @@ class Forecast:
 
 
 def forecast(config: LatentsConfig, plan: Plan, todo: list[ShardTask], prices: ForecastConfig) -> Forecast:
-    """Measure the stage on rows of the first missing shard and reckon from that.
+    """Measure the stage on rows of the first missing shards and reckon from that.
 
     Raises:
         ValueError: if the stage refuses those rows, as it would in the run.
     """
-    num_workers = plan.resources.max_actors or _num_fitting(plan)
-    num_processes = min(num_workers, _num_fitting(plan), MAX_PROCESSES)
+    num_workers = min(plan.resources.max_actors or _num_fitting(plan), len(todo))
+    # A process would take the first GPU however many there are, so one is measured and stands for all.
+    num_processes = 1 if plan.resources.num_gpus else min(num_workers, _num_fitting(plan), MAX_PROCESSES)
     with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(_measure, config, todo[0], prices.seconds) for _ in range(num_processes)]
+        jobs = [pool.submit(_measure, config, todo, prices.seconds) for _ in range(num_processes)]
         measured = [job.result() for job in jobs]
     rate = sum(rows / seconds for rows, seconds, _ in measured) * num_workers / num_processes
     num_measured = sum(rows for rows, _, _ in measured)
@@ -156,31 +158,32 @@ def forecast(config: LatentsConfig, plan: Plan, todo: list[ShardTask], prices: F
     )
 
 
-def _measure(config: LatentsConfig, task: ShardTask, seconds: float) -> tuple[int, float, int]:
+def _measure(config: LatentsConfig, todo: list[ShardTask], seconds: float) -> tuple[int, float, int]:
     """Return how many rows the stage, once it was warm, encoded in how many seconds to how many bytes."""
-    rows = read_rows(task.source_name)
+    rows = itertools.chain.from_iterable(read_rows(task.source_name) for task in todo)
     with TemporaryDirectory(prefix="ldm-forecast-") as home:
         stage = EncodeStage(dataclasses.replace(config, root=f"{home}/latents"))
-        warm, spent, size = _encode(stage, home, list(islice(rows, WARM_UP_ROWS)))
-        wanted = max(1, round(seconds * warm / spent))
-        return _encode(stage, home, list(islice(rows, wanted))) if task.num_rows > warm else (warm, spent, size)
+        warm, spent, size = _encode(stage, home, todo[0], list(islice(rows, WARM_UP_ROWS)))
+        more = list(islice(rows, max(1, round(seconds * warm / spent))))
+        return _encode(stage, home, todo[0], more) if more else (warm, spent, size)
 
 
-def _encode(stage: EncodeStage, home: str, rows: list[Row]) -> tuple[int, float, int]:
-    write_shard(f"{home}/dataset", Split.TRAIN, "000000", rows)
-    source = shard_path(f"{home}/dataset", Split.TRAIN, "000000", "tar")
-    task = ShardTask(split=Split.TRAIN, name="000000", source_name=source, source_digest="", num_rows=len(rows))
+def _encode(stage: EncodeStage, home: str, first: ShardTask, rows: list[Row]) -> tuple[int, float, int]:
+    """Encode rows as a shard of their own, under the name of the first shard that they came from."""
+    write_shard(f"{home}/dataset", first.split, first.name, rows)
+    source = shard_path(f"{home}/dataset", first.split, first.name, "tar")
+    task = dataclasses.replace(first, source_name=source, num_rows=len(rows))
     started = time.perf_counter()
     record = stage(task)
     return len(rows), time.perf_counter() - started, record.num_bytes
 
 
 def _num_fitting(plan: Plan) -> int:
-    """Return how many workers this machine holds at once."""
+    """Return how many workers this machine holds at once; a cluster's other nodes are not known here."""
     needs = plan.resources
-    if needs.num_gpus:
-        return max(1, int(torch.cuda.device_count() / needs.num_gpus))
-    return max(1, int((os.cpu_count() or 1) / needs.num_cpus))
+    by_cpu = int(len(os.sched_getaffinity(0)) / needs.num_cpus)
+    by_gpu = int(torch.cuda.device_count() / needs.num_gpus) if needs.num_gpus else by_cpu
+    return max(1, min(by_cpu, by_gpu))
 
 
 def _duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ dataset, images from the stored moments → `report.html`, published whole; it n
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from PIL import Image
 from ldm.evaluation.scores import psnr
 from ldm.storage import join, write_bytes
 from ldm.types import Image as Pictures
-from pipeline.encode import Encoder, LatentsConfig
+from pipeline.encode import Device, Encoder, LatentsConfig
 from pipeline.latent_shard import MOMENTS
 from pipeline.report import REPORT_NAME, data_uri
 from pipeline.report_charts import Axis, histogram_figure
@@ -59,7 +60,8 @@ def write_latent_report(config: LatentsConfig) -> str:
         ValueError: if the cache was never finished.
     """
     manifest = load_manifest(config.root)
-    encoder = Encoder(config)
+    # The driver draws it, which may have no GPU where the workers have one.
+    encoder = Encoder(dataclasses.replace(config, device=Device.AUTO))
     pairs = [_pair(config, encoder, shard, row) for shard, row in chosen_rows(manifest, NUM_PAIRS)]
     sections = [_pairs(pairs), _channels(manifest), _figures(manifest), making(manifest)]
     path = join(config.root, REPORT_NAME)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from ldm.storage import join, write_bytes
+from ldm.storage import exists, join, read_text, write_bytes
 from pipeline.report_elements import render
 from pipeline.report_page import NUM_CLUSTERS, Cluster, Shown, page_of, round_robin
 from pipeline.report_totals import COLUMNS, NUM_PICTURES, LedgerRow, Totals, row_of
@@ -58,6 +58,11 @@ def write_report(root: str) -> str:
     path = join(root, REPORT_NAME)
     write_bytes(path, render(page))
     return path
+
+
+def shows(page: str, manifest: Manifest) -> bool:
+    """Say whether a page is there and is that of this manifest: a run may have been killed before it was written."""
+    return exists(page) and manifest.digest[:12] in read_text(page)
 
 
 def _ledgers(root: str, manifest: Manifest) -> Iterator[tuple[ShardRecord, pa.Table]]:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from jobs.session import without_warnings
 from jobs.wiring.data_runs import publish_report
-from ldm.storage import exists, join
+from ldm.storage import join
 from ldm.training.tracking_config import TrackingConfig
-from pipeline.encode import LatentsConfig
+from pipeline.encode import Device, LatentsConfig, has_gpu
 from pipeline.forecast import ForecastConfig, forecast
 from pipeline.latent_report import write_latent_report
 from pipeline.latent_verification import verify_latents
 from pipeline.plan import Plan, describe, missing
-from pipeline.report import REPORT_NAME
+from pipeline.report import REPORT_NAME, shows
 from pipeline.run import RunReport
 from pipeline.store.manifest import Manifest
 
@@ -37,12 +37,19 @@ class PrecomputeLatentsConfig(LatentsConfig):
     sample: float = 0.01
     """Share of the rows that --verify encodes again, at least one a shard; 0 compares digests only."""
 
+    def __post_init__(self) -> None:
+        LatentsConfig.__post_init__(self)  # `super()` does not know a class with slots
+        if self.tracking.uri and not self.record:
+            raise ValueError("tracking.uri needs a folder under --record, where the MLflow run is remembered")
+
 
 def outlook(config: PrecomputeLatentsConfig, plan: Plan) -> str:
     """Return what the job would do, and what a short measurement says that it will take."""
     todo = missing(plan)
     if not (todo and config.forecast.seconds):
         return describe(plan)
+    if config.device is Device.CUDA and not has_gpu():
+        return f"{describe(plan)}\n  measured nothing: this machine has no GPU, the workers' have"
     print(f"measuring for about {config.forecast.seconds:.0f} s (--forecast.seconds 0 skips it)", file=sys.stderr)
     with without_warnings():
         return f"{describe(plan)}\n{forecast(config, plan, todo, config.forecast).describe()}"
@@ -51,7 +58,7 @@ def outlook(config: PrecomputeLatentsConfig, plan: Plan) -> str:
 def publish(config: PrecomputeLatentsConfig, report: RunReport) -> str:
     """Write the cache's report where shards were made, bring it into MLflow, and return its path."""
     page = join(config.root, REPORT_NAME)
-    if report.num_shards or not exists(page):
+    if report.num_shards or not shows(page, report.manifest):
         page = write_latent_report(config)
         digest = {"latents_digest": report.manifest.digest}
         publish_report(config, config.tracking, config.record, "latents", metrics_of(report.manifest), digest, page)

@@ -14,7 +14,7 @@ from pipeline.ingest.config import DatasetConfig
 from pipeline.ingest.dataset import Request
 from pipeline.ingest.retrying import Retry
 from pipeline.progress import counts_table
-from pipeline.report import REPORT_NAME, write_report
+from pipeline.report import REPORT_NAME, shows, write_report
 from pipeline.run import RunReport
 from pipeline.store.manifest import Manifest
 from pipeline.store.verification import verify_dataset
@@ -57,7 +57,7 @@ def verified(root: str) -> int:
 def report_page(config: ShardDatasetConfig, report: RunReport) -> str:
     """Return the path of the dataset's page, written anew where something was made."""
     page = storage.join(config.root, REPORT_NAME)
-    return page if not report.num_shards and storage.exists(page) else write_report(config.root)
+    return page if not report.num_shards and shows(page, report.manifest) else write_report(config.root)
 
 
 def show(config: ShardDatasetConfig, report: RunReport, page: str) -> None:

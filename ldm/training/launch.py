@@ -126,7 +126,7 @@ def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], 
             ray.get(board.ask_to_stop.remote())
             _watch_until(is_over, board, watch)
         except KeyboardInterrupt:
-            watch(Progress(done=0, total=0, notice="given up: nothing more was saved than what was there before"))
+            watch(Progress(done=0, total=0, notice="given up: what was saved last stands"))
             raise
         if not failures and not ray.get(board.outcome.remote()):
             raise

@@ -110,13 +110,15 @@ class Exchange:
         num_groups = 1 + num_rows // self.rows_per_group
         carry = self.shuffle if num_groups > 1 else together
         folder = join(self.folder, step)
-        found: dict[str, Files] = {}
+        found: dict[str, list[tuple[str, int]]] = {}
         for written in carry(tables, spread, partial(_write, gather=gather, folder=folder), num_groups):
             for line in sorted(written.to_pylist(), key=lambda line: str(line["name"])):
-                one = Files((table_path(folder, line["name"]),), line["num_rows"])
                 kind = line["name"].partition("/")[0]
-                found[kind] = found.get(kind, Files()) + one
-        return found
+                found.setdefault(kind, []).append((table_path(folder, line["name"]), line["num_rows"]))
+        return {
+            kind: Files(tuple(path for path, _ in lines), sum(num_rows for _, num_rows in lines))
+            for kind, lines in found.items()
+        }
 
 
 def group_name(kind: str, group: pa.Table) -> str:

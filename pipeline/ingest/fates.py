@@ -1,4 +1,4 @@
-"""Who falls, and for whom: decided from pairs of copies in rounds, with no process holding more than a share of them.
+"""Who falls, and for whom: decided from pairs of copies in rounds, in groups that workers hold one at a time.
 
 The law: a row falls if a row that stays, and stands before it in order (generation, key), has the same bytes, the same
 pixels, or a hash within k bits; it falls for the first such row. Nearness is not handed on: a row that fell takes
@@ -8,6 +8,7 @@ row.
     pairs → letters: the later row waits for the earlier one, which knows of it
       → round: a row that waits for nobody any more is judged and answers those who wait for it; again, until all are
 
+All copies of one picture meet in one group, so the commonest picture must fit into a worker: 200 bytes a copy, about.
 That is the greedy independent set in a given order, found in parallel: keys are digests, so the order is as good as
 random and rounds grow with the logarithm of the rows (Blelloch et al. 2012, theorem 3.5).
 """
@@ -83,7 +84,8 @@ def find_duplicates(tables: Sequence[pa.Table], num_rows: int, config: Duplicate
     pending, number = pairs, 0
     deal: Spread = _letters_of_pairs
     while pending.num_rows:
-        made = exchange.run(f"round-{number:03d}", pending, pending.num_rows, deal, judge)
+        num_letters = pending.num_rows if number else 2 * pending.num_rows
+        made = exchange.run(f"round-{number:03d}", pending, num_letters, deal, judge)
         fallen += made.get("fallen", Files())
         pending, deal, number = made.get("pending", Files()), _dealt, number + 1
     return fallen

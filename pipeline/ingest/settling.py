@@ -16,7 +16,7 @@ from typing import overload
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ldm.storage import exists, join, list_names, read_text, remove_folder
+from ldm.storage import exists, join, list_names, read_text, remove_file, remove_folder, write_bytes
 from pipeline.ingest.config import DatasetConfig
 from pipeline.ingest.duplicates import FINGERPRINTS
 from pipeline.ingest.exchange import ROWS_PER_GROUP, Exchange, Files, Shuffle, group_name, read_table, table_path
@@ -35,6 +35,8 @@ STEPS = "steps"
 """Folder below the staging of what the search for copies writes."""
 _REPEATED = "repeated"
 _FALLEN = "fallen"
+_DONE = "done"
+"""Written last, removed first: without it an absent table does not mean that no row falls."""
 
 _IMAGES = frozenset(ImageFormat)
 
@@ -117,6 +119,7 @@ def find_fallen(
         rows_per_group: rows that one process may hold, about.
     """
     folder = join(staging, STEPS)
+    remove_file(join(folder, _DONE))
     if list_names(folder):
         remove_folder(folder)
     exchange = Exchange(folder, shuffle, rows_per_group)
@@ -126,6 +129,7 @@ def find_fallen(
     _sort_by_place(exchange, _REPEATED, repeated)
     copies = find_duplicates(LedgerTables(ledgers, folder), num_rows, config.duplicates, exchange)
     _sort_by_place(exchange, _FALLEN, repeated + copies)
+    write_bytes(join(folder, _DONE), b"")
 
 
 def _sort_by_place(exchange: Exchange, step: str, rows: Files) -> None:
@@ -147,7 +151,10 @@ class SettledStage:
         here = place(task.split, task.name)
         record = ShardRecord.from_dict(json.loads(read_text(join(self.staging, f"{here}.{RECORD_SUFFIX}"))))
         lines = lines_of(read_ledger(ledger_path(self.staging, here)))
-        reasons = {line["key"]: line for line in fallen_of(join(self.staging, STEPS), _FALLEN, here)}
+        steps = join(self.staging, STEPS)
+        reasons = {line["key"]: line for line in fallen_of(steps, _FALLEN, here)}
+        if not exists(join(steps, _DONE)):
+            raise RuntimeError(f"the search for copies in {steps} has not ended, or another run began it anew")
         page = Page()
         for line in lines:
             if line.status != OK:
