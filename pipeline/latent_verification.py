@@ -18,7 +18,8 @@ from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.text_embedding import TextEmbedding
 from pipeline.encode import TEXT_SUFFIX, Encoder, LatentsConfig, Precision, on_this_machine
 from pipeline.latent_plan import plan_latents
-from pipeline.latent_shard import MOMENTS
+from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS
+from pipeline.plan import Plan, ShardTask, missing
 from pipeline.store.manifest import Manifest, ShardRecord, claim_root, load_manifest, shard_path, verify
 from pipeline.store.schema import Row
 from pipeline.store.shards import read_index, read_row
@@ -26,6 +27,8 @@ from pipeline.text_table import open_text_table
 
 TOLERANCES = {Precision.FP32: 0.01, Precision.BF16: 0.2, Precision.FP16: 0.05}
 """How far a moment may be from the one that is stored, in standard deviations of its channel."""
+LOG_VARIANCE_FACTOR = 10
+"""A log-variance may be off by so many times the number above: fp16 holds large ones less finely."""
 TEXT_TOLERANCE = 0.01
 """How far a number of an embedding may be from the one that is stored, as a share of the largest one."""
 _KEYS = 16**8
@@ -61,17 +64,28 @@ def verify_latents(config: LatentsConfig, share: float) -> LatentVerification:
     claim_root(config.root, plan.kind, plan.identity)
     problems = verify(config.root)
     source_of = {(task.split, task.name): task.source_name for task in plan.tasks}
-    again = _Again(config, manifest)
-    for shard in manifest.shards if share and not problems else ():
-        rows = sampled(read_index(shard_path(config.root, shard.split, shard.name, "index")).keys, share)
-        if rows:
+    problems += _dataset_problems(manifest, plan, missing(plan))
+    again = _Again(config, manifest) if share and not problems else None
+    if again is not None:
+        for shard in manifest.shards:
+            rows = sampled(read_index(shard_path(config.root, shard.split, shard.name, "index")).keys, share)
             problems += again.compare(shard, source_of[shard.split, shard.name], rows)
     return LatentVerification(
         num_rows=sum(shard.num_rows for shard in manifest.shards),
-        num_encoded=again.num_encoded,
-        furthest=again.furthest,
+        num_encoded=again.num_encoded if again else 0,
+        furthest=again.furthest if again else 0.0,
         problems=tuple(problems),
     )
+
+
+def _dataset_problems(manifest: Manifest, plan: Plan, lacking: Sequence[ShardTask]) -> Iterator[str]:
+    """Yield where the cache and its dataset, as that is now, do not hold the same shards."""
+    wanted = {(task.split, task.name) for task in plan.tasks}
+    for shard in manifest.shards:
+        if (shard.split, shard.name) not in wanted:
+            yield f"{shard.split.value}/{shard.name}: the dataset has no such shard any more"
+    for task in lacking:
+        yield f"{task.split.value}/{task.name}: the dataset's shard is new, or another than was encoded"
 
 
 def sampled(keys: Sequence[str], share: float) -> list[int]:
@@ -103,35 +117,49 @@ class _Again:
         for start in range(0, len(rows), self.config.batch_size):
             batch = rows[start : start + self.config.batch_size]
             stored = [read_row(tar, index, row) for row in batch]
-            made = self._encoder.encode(self._encoder.images([read_row(source, source_index, row) for row in batch]))
-            yield from self._moment_problems(here, stored, made.half().cpu().numpy())
-            yield from self._text_problems(here, shard, stored)
+            sources = [read_row(source, source_index, row) for row in batch]
+            images = self._encoder.images(sources)
+            forms = ((MOMENTS, images), (FLIPPED_MOMENTS, images.flip(-1)))
+            for name, form in forms[: 1 + self.config.flip]:
+                made = self._encoder.encode(form).half().cpu().numpy()
+                yield from self._moment_problems(f"{here}: {name} of row", name, stored, made)
+            self.num_encoded += len(batch)
+            yield from self._text_problems(here, shard, batch, stored, sources)
 
-    def _moment_problems(self, here: str, stored: Sequence[Row], made: Float16[np.ndarray, "b m h w"]) -> Iterator[str]:
+    def _moment_problems(
+        self, what: str, name: str, stored: Sequence[Row], made: Float16[np.ndarray, "b m h w"]
+    ) -> Iterator[str]:
         tolerance = TOLERANCES[self.config.precision]
         for row, moments in zip(stored, made, strict=True):
-            there = np.load(io.BytesIO(row[MOMENTS]))
-            means = np.split(moments.astype(np.float64) - there, 2)[0]
+            there = np.load(io.BytesIO(row[name]))
+            means, log_variances = np.split(moments.astype(np.float64) - there, 2)
             apart = float((np.abs(means).max(axis=(1, 2)) / self._std).max())
-            self.num_encoded += 1
             self.furthest = max(self.furthest, apart)
             if not apart <= tolerance:
                 yield (
-                    f"{here}: the moments of row {row['__key__']} are {apart:.3g} standard deviations from what the "
-                    f"autoencoder gives for its picture; at most {tolerance:g} come from rounding"
+                    f"{what} {row['__key__']} is {apart:.3g} standard deviations from what the autoencoder gives for "
+                    f"its picture; at most {tolerance:g} come from rounding"
                 )
+            elif not np.abs(log_variances).max() <= LOG_VARIANCE_FACTOR * tolerance:
+                yield f"{what} {row['__key__']} has other log-variances than the autoencoder gives for its picture"
 
-    def _text_problems(self, here: str, shard: ShardRecord, stored: Sequence[Row]) -> Iterator[str]:
+    def _text_problems(
+        self, here: str, shard: ShardRecord, rows: Sequence[int], stored: Sequence[Row], sources: Sequence[Row]
+    ) -> Iterator[str]:
         url = shard_path(self.config.root, shard.split, shard.name, TEXT_SUFFIX)
         with on_this_machine(url) as path:
             table = open_text_table(path)
-            for row in stored:
-                facts = json.loads(row["json"])
-                made = self._text.encode(facts["captions"])
-                for caption, number, embedding in zip(facts["captions"], facts["text_index"], made, strict=True):
-                    if table.text(number) != caption:
-                        yield f"{here}: caption {number} of row {row['__key__']} is not {caption!r} in the text table"
-                    elif not _is_same(table.embedding(number), embedding):
+            if not _is_same(table.embedding(0), self._text.encode([""])[0]):
+                yield f"{here}: the embedding of the empty caption is not the text encoder's"
+            for number, row, source in zip(rows, stored, sources, strict=True):
+                facts, captions = json.loads(row["json"]), list(json.loads(source["json"])["captions"]) or [""]
+                choices = table.choices[table.choice_offsets[number] : table.choice_offsets[number + 1]].tolist()
+                named = [table.text(choice) for choice in choices]
+                if not facts["captions"] == captions == named or row["txt"].decode() != captions[0]:
+                    yield f"{here}: the captions of row {row['__key__']} are not those of the dataset"
+                    continue
+                for caption, choice, made in zip(captions, choices, self._text.encode(captions), strict=True):
+                    if not _is_same(table.embedding(choice), made):
                         yield f"{here}: the embedding of {caption!r} is not the text encoder's"
 
 

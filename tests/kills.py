@@ -68,6 +68,7 @@ def kill_again_and_again(job: Job, num_kills: int, seconds: float, dice: random.
     """
     story = [kill_once(job, VICTIMS[number % 3], dice.uniform(0.2, 1.0) * seconds, dice) for number in range(num_kills)]
     print("\n".join(story))
+    assert any(": killed" in line for line in story), story
     job.finish()
     return story
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from ldm.storage import sha256_of
 from pipeline.encode import TEXT_SUFFIX
-from pipeline.latent_shard import MOMENTS
+from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS, npy_bytes
 from pipeline.latent_verification import sampled, verify_latents
 from pipeline.store.manifest import (
     FileRecord,
@@ -22,7 +25,7 @@ from pipeline.store.manifest import (
 from pipeline.store.schema import Row, key_of
 from pipeline.store.shards import read_rows, write_shard
 from pipeline.text_table import open_text_table, table_bytes
-from tests.tiny_latents import latents_config, write_autoencoder, write_latents
+from tests.tiny_latents import latents_config, write_autoencoder, write_dataset, write_latents
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ def test_verify_rows_that_changed_places_are_both_named(made: Path) -> None:
     found = verify_latents(latents_config(made), 1.0)
     assert len(found.problems) == 2
     for problem, number in zip(found.problems, (1, 4), strict=True):
-        assert f"train/000000: the moments of row {key_of(f'row {number}')} are" in problem
+        assert f"train/000000: moments.npy of row {key_of(f'row {number}')} is" in problem
     assert verify_latents(latents_config(made), 0.0).problems == ()
 
 
@@ -113,3 +116,62 @@ def test_sample_is_a_share_of_the_keys_and_never_empty() -> None:
     assert len(sampled(keys, 0.1)) == pytest.approx(1000, abs=100)
     assert set(sampled(keys, 0.01)) <= set(sampled(keys, 0.1))
     assert sampled(keys, 0.0) == [keys.index(min(keys))]
+
+
+def flipped(rows: list[Row]) -> None:
+    rows[2][FLIPPED_MOMENTS] = rows[2][MOMENTS]
+
+
+def noisier(rows: list[Row]) -> None:
+    moments = np.load(io.BytesIO(rows[2][MOMENTS]))
+    moments[len(moments) // 2 :] += np.float16(1.0)
+    rows[2][MOMENTS] = npy_bytes(moments)
+
+
+def captions_swapped(rows: list[Row]) -> None:
+    for name in ("txt", "json"):
+        rows[0][name], rows[2][name] = rows[2][name], rows[0][name]
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (flipped, "moments_flipped.npy of row {2}"),
+        (noisier, "moments.npy of row {2} has other log-variances"),
+        (captions_swapped, "the captions of row {0} are not those of the dataset"),
+    ],
+)
+def test_verify_finds_what_only_looks_right(tmp_path: Path, change: Callable[[list[Row]], None], named: str) -> None:
+    write_latents(tmp_path, flip=True)
+    rewrite(tmp_path / "latents", change)
+    found = verify_latents(latents_config(tmp_path, flip=True), 1.0)
+    said = named.format(*[key_of(f"row {row}") for row in range(3)])
+    assert any(said in problem for problem in found.problems), found.problems
+
+
+def change_table(root: Path, **changed: np.ndarray) -> None:
+    path = root / "train" / f"000000.{TEXT_SUFFIX}"
+    path.write_bytes(safetensors.numpy.save(safetensors.numpy.load(path.read_bytes()) | changed))
+    publish(root, {TEXT_SUFFIX: FileRecord(path.stat().st_size, sha256_of(str(path)))})
+
+
+def test_verify_finds_another_null_embedding_and_other_choices(made: Path) -> None:
+    path = made / "latents" / "train" / f"000000.{TEXT_SUFFIX}"
+    whole = safetensors.numpy.load(path.read_bytes())
+    tokens = whole["tokens"].copy()
+    tokens[: whole["offsets"][1]] = 0
+    change_table(made / "latents", tokens=tokens)
+    found = verify_latents(latents_config(made), 1.0)
+    assert any("the embedding of the empty caption" in problem for problem in found.problems)
+    change_table(made / "latents", tokens=whole["tokens"], choices=np.ones_like(whole["choices"]))
+    found = verify_latents(latents_config(made), 1.0)
+    assert len([problem for problem in found.problems if "the captions of row" in problem]) >= 6
+
+
+def test_verify_against_a_dataset_that_changed_names_the_shards(made: Path) -> None:
+    write_dataset(made / "grown", sizes=(7, 5, 6, 3))
+    found = verify_latents(latents_config(made, dataset=str(made / "grown")), 1.0)
+    assert "train/000003: the dataset's shard is new, or another than was encoded" in found.problems
+    write_dataset(made / "shrunk", sizes=(7, 5))
+    found = verify_latents(latents_config(made, dataset=str(made / "shrunk")), 1.0)
+    assert "train/000002: the dataset has no such shard any more" in found.problems
