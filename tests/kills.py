@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,11 +67,24 @@ def kill_again_and_again(job: Job, num_kills: int, seconds: float, dice: random.
         seconds: how long an unbroken run takes.
         dice: chooses the moments.
     """
-    story = [kill_once(job, VICTIMS[number % 3], dice.uniform(0.2, 1.0) * seconds, dice) for number in range(num_kills)]
+    story = [kill_once(job, VICTIMS[number % 3], dice.uniform(0.2, 0.9) * seconds, dice) for number in range(num_kills)]
     print("\n".join(story))
     assert any(": killed" in line for line in story), story
     job.finish()
     return story
+
+
+def kill_in_all(num_kills: int, one_story: Callable[[int], list[str]]) -> None:
+    """Let stories happen until so many kills have met a process; a moment may be too late, and then counts for none.
+
+    Args:
+        num_kills: kills that must have landed, over all stories.
+        one_story: runs the story of the given number, with a job of its own, and returns it.
+    """
+    lines: list[str] = []
+    while sum(": killed" in line for line in lines) < num_kills:
+        assert len(lines) < 4 * num_kills, lines
+        lines += one_story(len(lines))
 
 
 def processes_of(driver: int) -> list[psutil.Process]:

@@ -13,7 +13,7 @@ from pipeline.ingest.config import DatasetConfig
 from pipeline.ingest.duplicates import DuplicateConfig
 from pipeline.store.verification import verify_dataset
 from tests.chaos_proxy import chaos_proxy
-from tests.kills import Job, kill_again_and_again
+from tests.kills import Job, kill_again_and_again, kill_in_all
 from tests.servers import S3Server
 from tests.small_datasets import add_images, contents, folder_config
 
@@ -55,12 +55,13 @@ def unbroken(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return folder / "dataset", time.monotonic() - started
 
 
-def survives(images: Path, unbroken: tuple[Path, float], folder: Path, num_kills: int, root: str) -> None:
+def survives(images: Path, unbroken: tuple[Path, float], folder: Path, num_kills: int, root: str) -> list[str]:
     whole, seconds = unbroken
     job = Job(DRIVER, config_of(root, images), folder)
     story = kill_again_and_again(job, num_kills, seconds, random.Random(f"{SEED} {folder.name}"))
     assert contents(Path(root)) == contents(whole), story
     assert verify_dataset(root).problems == ()
+    return story
 
 
 def test_dataset_killed_three_times_is_the_one_never_killed(images, unbroken, tmp_path):
@@ -70,9 +71,12 @@ def test_dataset_killed_three_times_is_the_one_never_killed(images, unbroken, tm
 @pytest.mark.slow
 def test_dataset_killed_twenty_times_is_the_one_never_killed(images, unbroken, tmp_path):
     """Each story begins anew, so that no kill finds a finished dataset."""
-    for number in range(7):
+
+    def one_story(number: int) -> list[str]:
         folder = tmp_path / str(number)
-        survives(images, unbroken, folder, 3, str(folder / "dataset"))
+        return survives(images, unbroken, folder, 3, str(folder / "dataset"))
+
+    kill_in_all(20, one_story)
 
 
 def downloaded(s3: S3Server, root: str) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.encode import LatentsConfig
 from pipeline.latent_verification import verify_latents
-from tests.kills import Job, kill_again_and_again
+from tests.kills import Job, kill_again_and_again, kill_in_all
 from tests.small_datasets import contents
 from tests.tiny_latents import latents_config, write_autoencoder, write_dataset
 
@@ -49,7 +49,7 @@ def unbroken(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return folder / "latents", time.monotonic() - started
 
 
-def survives(inputs: Path, unbroken: tuple[Path, float], folder: Path, num_kills: int) -> None:
+def survives(inputs: Path, unbroken: tuple[Path, float], folder: Path, num_kills: int) -> list[str]:
     whole, seconds = unbroken
     config = config_of(inputs, folder / "latents")
     story = kill_again_and_again(
@@ -57,9 +57,9 @@ def survives(inputs: Path, unbroken: tuple[Path, float], folder: Path, num_kills
     )
     assert contents(folder / "latents") == contents(whole), story
     assert verify_latents(config, 0.01).problems == ()
+    return story
 
 
 def test_latents_killed_twenty_times_are_those_never_killed(inputs, unbroken, tmp_path):
     """By two workers, against one worker's; each story begins anew, so that no kill finds a finished cache."""
-    for number in range(7):
-        survives(inputs, unbroken, tmp_path / str(number), 3)
+    kill_in_all(20, lambda number: survives(inputs, unbroken, tmp_path / str(number), 3))
