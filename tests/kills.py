@@ -102,12 +102,19 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
+def is_kind(name: str, victim: str) -> bool:
+    """Say whether a process is a worker, or takes its whole node along: the raylet, and agents that it dies with."""
+    is_agent = name.startswith("ray::") and name.endswith("Agent")
+    if victim == "worker":
+        return name.startswith("ray::") and not is_agent
+    return is_agent or "/raylet/raylet" in name
+
+
 def choose(driver: int, victim: str, dice: random.Random) -> int | None:
     """Return the process to kill, or None where there is none of that kind yet."""
     if victim == "driver":
         return driver
-    sign = "ray::" if victim == "worker" else "/raylet/raylet"
-    found = sorted(process.pid for process in processes_of(driver) if sign in name_of(process))
+    found = sorted(process.pid for process in processes_of(driver) if is_kind(name_of(process), victim))
     return dice.choice(found) if found else None
 
 
