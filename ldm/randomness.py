@@ -36,6 +36,9 @@ class Draw(IntEnum):
     INITIAL = 8
     STEP = 9
     OFFSET = 10
+    BUCKET = 11
+    CROP = 12
+    MASK = 13
 
 
 def generator(seed: int, draw: Draw, sample: int, sub: int = 0) -> np.random.Generator:

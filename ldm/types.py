@@ -6,7 +6,8 @@ w latent column, y pixel row, x pixel column, l token, d embedding width, p widt
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,6 +43,18 @@ class Condition:
     mask: TextMask | None = None
     pooled: PooledText | None = None
 
+    @classmethod
+    def joined(cls, parts: Sequence[Condition]) -> Condition:
+        """Return the conditions of several batches, one after the other, which all have the same parts."""
+        states = [part.states for part in parts if part.states is not None]
+        masks = [part.mask for part in parts if part.mask is not None]
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return cls(
+            states=torch.cat(states) if states else None,
+            mask=torch.cat(masks) if masks else None,
+            pooled=torch.cat(pooled) if pooled else None,
+        )
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
         """Return the same condition on `device`, its floats as `dtype`."""
         return Condition(
@@ -76,12 +89,14 @@ class LatentBatch:
         samples: the rows' positions in the endless training sequence, shape (b,), int64.
         moments: raw moments, shape (b, m, h, w).
         condition: the caption chosen for each row, already dropped to the null one where the draw said so.
+        columns: what else the cache holds of each row, by name, each of shape (b, ...).
     """
 
     keys: tuple[str, ...]
     samples: SampleIndex
     moments: Moments
     condition: Condition
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, start: int, stop: int) -> LatentBatch:
         """Return rows [start, stop) of the batch."""
@@ -91,4 +106,5 @@ class LatentBatch:
             samples=self.samples[start:stop],
             moments=self.moments[start:stop],
             condition=self.condition.rows(start, stop),
+            columns={name: column[start:stop] for name, column in self.columns.items()},
         )

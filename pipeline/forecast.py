@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ldm.config import Config
-from pipeline.encode import EncodeStage, LatentsConfig
+from pipeline.encode import EncodeStage
+from pipeline.latent_config import LatentsConfig
 from pipeline.plan import Plan, ShardTask
 from pipeline.store.manifest import shard_path
 from pipeline.store.schema import Row

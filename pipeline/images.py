@@ -104,7 +104,7 @@ class ImageLoader:
         self.wait_seconds = 0.0
         self._rank, self._world = rank, world
         self._files = open_local_shards(
-            manifest, config.root, config.split, ("tar", "index"), cache_folder=config.cache_folder
+            manifest, config.root, config.split, lambda shard: ("tar", "index"), cache_folder=config.cache_folder
         )
         self._order = Order(
             shard_sizes=self._files.sizes,

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16
-from torch import Tensor
+from jaxtyping import Bool, Float16, UInt8
 
 from ldm import storage
 from ldm.config import Config
 from ldm.evaluation.scores import psnr
 from ldm.types import Image, Moments
-from pipeline.moment_statistics import MomentStatistics, StatisticsBuilder
+from pipeline.moment_statistics import MomentStatistics, StatisticsBuilder, merged
 from pipeline.plan import ShardTask
 
 EVALUATION_FILE = "evaluation.json"
@@ -68,18 +69,22 @@ class GateConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedBatch:
-    """Moments of some rows, ready to be stored, with what the gate must know of them.
+    """Rows of one part, ready to be stored, with what the gate must know of them.
 
     Attributes:
-        first: number of the first row in its shard; the others follow.
-        forms: fp16 moments, plain and, where the config asks for them, of the mirrored images.
+        part: number of the part that the rows belong to.
+        first: number of the first row in its part; the others follow.
+        forms: fp16 moments by member, those of the first crop first.
+        stored: further arrays of the rows by member, which are stored as they are.
         faults: values that cannot be stored, by kind, over all forms.
         is_bad: which rows hold such values.
         crops: images of the rows that the gate decodes, in order; shape (k, 3, y, x).
     """
 
+    part: int
     first: int
-    forms: list[Moments16]
+    forms: dict[str, Moments16]
+    stored: dict[str, UInt8[np.ndarray, "b ..."]]
     faults: Counter[str]
     is_bad: Bool[np.ndarray, " b"]
     crops: Image
@@ -107,52 +112,72 @@ def evaluated_psnr(autoencoder: str) -> float | None:
     return None if figure is None else float(figure)
 
 
+class Chosen(NamedTuple):
+    """A row that the gate decodes: number of its part, and of the row in it."""
+
+    part: int
+    row: int
+
+
 class Gate:
     """Judges one shard, batch by batch.
 
     Attributes:
-        chosen: numbers of the rows that are decoded again.
-        statistics: of the shard's moments, once it is judged.
-        figures: PSNR of the chosen rows in decibels, once it is judged.
-        moment_shape: shape (m, h, w) of a row's moments.
+        chosen: the rows that are decoded again, spread evenly over all parts.
+        statistics: of the moments of each part, once the shard is judged.
+        figures: PSNR of the chosen rows in decibels, once the shard is judged.
+        moment_shapes: shape (m, h, w) of a row's moments, for each part.
     """
 
-    statistics: MomentStatistics
+    def __init__(
+        self, config: GateConfig, floor: float, task: ShardTask, part_sizes: Sequence[int], plain: Sequence[str]
+    ) -> None:
+        """Choose the rows to decode.
 
-    def __init__(self, config: GateConfig, floor: float, task: ShardTask) -> None:
-        """Choose the rows to decode from the number that the task announces."""
+        Args:
+            config: what the shard must reach.
+            floor: least mean PSNR in decibels.
+            task: the shard.
+            part_sizes: rows of each of its parts.
+            plain: members whose moments the statistics are of; the first one is decoded.
+        """
         self.config = config
         self.floor = floor
         self.task = task
-        self.chosen: tuple[int, ...] = tuple(
-            np.unique(np.linspace(0, task.num_rows - 1, config.rows).round().astype(int)).tolist()
+        starts = np.cumsum([0, *part_sizes])
+        places = np.unique(np.linspace(0, starts[-1] - 1, config.rows).round().astype(int))
+        parts = np.searchsorted(starts, places, side="right") - 1
+        self.chosen = tuple(
+            Chosen(int(part), int(place - starts[part])) for part, place in zip(parts, places, strict=True)
         )
         self.figures: list[float] = []
-        self.moment_shape: tuple[int, ...] = ()
-        self._statistics = StatisticsBuilder()
+        self.statistics: list[MomentStatistics] = []
+        self.moment_shapes: list[tuple[int, ...]] = [()] * len(part_sizes)
+        self._plain = tuple(plain)
+        self._statistics = [StatisticsBuilder() for _ in part_sizes]
         self._faults = Counter[str]()
         self._bad: list[str] = []
-        self._crops: list[Image] = []
-        self._moments: list[Moments16] = []
+        self._pieces: list[tuple[Image, Moments16]] = []
         self._keys: list[str] = []
         self._num_values = 0
 
-    def chosen_of(self, first: int, count: int) -> list[int]:
-        """Return which of `count` rows from `first` on are to be decoded, counted from the first of them."""
-        return [row - first for row in self.chosen if first <= row < first + count]
+    def chosen_of(self, part: int, first: int, count: int) -> list[int]:
+        """Return which of `count` rows of a part, from `first` on, are decoded, counted from the first of them."""
+        return [row - first for number, row in self.chosen if number == part and first <= row < first + count]
 
     def take(self, batch: EncodedBatch, keys: Sequence[str]) -> None:
         """Count a batch and keep what is needed of it; `keys` are those of its rows."""
-        plain = batch.forms[0]
+        plain = batch.forms[self._plain[0]]
         self._faults += batch.faults
         self._bad += [key for key, is_bad in zip(keys, batch.is_bad, strict=True) if is_bad]
-        self._num_values += sum(form.size for form in batch.forms)
-        self.moment_shape = plain.shape[1:]
+        self._num_values += sum(form.size for form in batch.forms.values())
+        self.moment_shapes[batch.part] = plain.shape[1:]
         if not self._faults.total():  # else it is refused, and sums of NaN would only warn
-            self._statistics.add(plain)
-        chosen = self.chosen_of(batch.first, len(plain))
-        self._crops.append(batch.crops)
-        self._moments.append(plain[chosen])
+            for name in self._plain:
+                self._statistics[batch.part].add(batch.forms[name])
+        chosen = self.chosen_of(batch.part, batch.first, len(plain))
+        if chosen:
+            self._pieces.append((batch.crops, plain[chosen]))
         self._keys += [keys[row] for row in chosen]
 
     def judge(self, decode: Decode) -> None:
@@ -167,8 +192,8 @@ class Gate:
                 f"{figures} of {self._num_values} values in {len(self._bad)} rows, "
                 f"first {', '.join(self._bad[:MAX_LISTED])}; an encoder in fp16 overflows where fp32 or bf16 does not"
             )
-        self.statistics = self._statistics.total()
-        self._check_spread(self.statistics)
+        self.statistics = [builder.total() for builder in self._statistics]
+        self._check_spread(merged(self.statistics))
         self._check_round_trip(decode)
 
     def _check_spread(self, statistics: MomentStatistics) -> None:
@@ -183,9 +208,9 @@ class Gate:
             )
 
     def _check_round_trip(self, decode: Decode) -> None:
-        stored = torch.from_numpy(np.concatenate(self._moments)).float()
-        crops: Tensor = torch.cat(self._crops)
-        self.figures = psnr(decode(stored).clamp(-1.0, 1.0), crops).clamp(max=_LARGEST_PSNR).tolist()
+        for crops, stored in _joined(self._pieces):
+            decoded = decode(torch.from_numpy(stored).float()).clamp(-1.0, 1.0)
+            self.figures += psnr(decoded, crops).clamp(max=_LARGEST_PSNR).tolist()
         mean = sum(self.figures) / len(self.figures)
         if not mean >= self.floor:
             shown = ", ".join(f"{key} {figure:.2f}" for key, figure in zip(self._keys, self.figures, strict=True))
@@ -196,3 +221,10 @@ class Gate:
 
     def _refuse(self, why: str) -> None:
         raise ValueError(f"shard {self.task.split.value}/{self.task.name} fails its gate: {why}")
+
+
+def _joined(pieces: Sequence[tuple[Image, Moments16]]) -> Iterator[tuple[Image, Moments16]]:
+    """Yield neighbouring pieces of one shape as one."""
+    for _, alike in groupby(pieces, key=lambda piece: piece[0].shape[1:]):
+        crops, moments = zip(*alike, strict=True)
+        yield torch.cat(crops), np.concatenate(moments)

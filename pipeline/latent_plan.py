@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
+import torch
+
 from ldm.autoencoder.model import Autoencoder
-from ldm.conditioning.text import TextEncoderKind, text_encoder_digest
+from ldm.conditioning.text import TextEncoder, TextEncoderConfig, TextEncoderKind, text_encoder_digest
 from ldm.interop.diffusers import load_autoencoder, weights_digest
-from pipeline.encode import Device, EncodeStage, LatentsConfig, torch_device
-from pipeline.moment_statistics import MomentStatistics, merged
+from pipeline.encode import EncodeStage, picture_config
+from pipeline.encoder import torch_device
+from pipeline.ingest.geometry import landscape_buckets
+from pipeline.ingest.picture import PictureConfig, ResizeMode
+from pipeline.latent_config import ColumnsConfig, CropShape, Device, LatentsConfig, TextStorage
+from pipeline.latent_summary import summarize
+from pipeline.loader import Embed
 from pipeline.plan import Plan, Resources, ShardTask
-from pipeline.store.manifest import Manifest, ShardRecord, load_manifest, shard_path
-from pipeline.store.schema import JSON, SCHEMA_VERSION, Split
+from pipeline.store.manifest import Manifest, load_manifest, shard_path
+from pipeline.store.schema import JSON, SCHEMA_VERSION
 
 LATENT_KIND = "kl_moments"
 STORED_DTYPE = "float16"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever a shard of latents or its record changes its form."""
 
 _TAR_BYTES_PER_ROW = 4096
@@ -37,12 +43,8 @@ def plan_latents(config: LatentsConfig) -> Plan:
     dataset = load_manifest(config.dataset)
     if dataset.kind != "dataset":
         raise ValueError(f"{config.dataset} holds {dataset.kind}, expected a dataset")
-    stored_size = dataset.image_size or config.image_size
-    if config.image_size > stored_size:
-        raise ValueError(f"image_size {config.image_size} is more than the dataset's {stored_size} in {config.dataset}")
     model = load_autoencoder(config.autoencoder)
-    if config.image_size % model.config.factor:
-        raise ValueError(f"image_size must be a multiple of {model.config.factor}, got {config.image_size}")
+    _check_sizes(config, model.config.factor, picture_config(config.dataset))
     tasks = tuple(
         ShardTask(
             split=shard.split,
@@ -75,30 +77,6 @@ def plan_latents(config: LatentsConfig) -> Plan:
     )
 
 
-def summarize(records: Sequence[ShardRecord], *, dataset_digest: str) -> dict[str, JSON]:
-    """Return the manifest's summary: what the latents were made of, and the statistics of all of them together."""
-    ordered = sorted(records, key=lambda record: (record.split, record.name))
-    statistics = merged([MomentStatistics.from_dict(record.details["statistics"]) for record in ordered])
-    figures = [figure for record in ordered for figure in record.details["gate"]["psnr"]]
-    shapes = {tuple(record.details["moment_shape"]) for record in ordered}
-    if len(shapes) != 1:
-        raise ValueError(f"moments of one cache have one shape, got {sorted(shapes)}")
-    return {
-        "dataset": dataset_digest,
-        "mean": statistics.mean.tolist(),
-        "std": statistics.std.tolist(),
-        "min": statistics.lowest.tolist(),
-        "max": statistics.highest.tolist(),
-        "num_values_per_channel": statistics.count,
-        "num_rows": {split.value: sum(r.num_rows for r in ordered if r.split is split) for split in Split},
-        "gate_psnr_mean": sum(figures) / len(figures),
-        "num_captions": sum(record.details["num_captions"] for record in ordered),
-        "num_truncated": sum(record.details["num_truncated"] for record in ordered),
-        **{name: width for name, width in ordered[0].details.items() if name in ("text_width", "pooled_width")},
-        "moment_shape": list(shapes.pop()),
-    }
-
-
 def check_latents(manifest: Manifest, autoencoder_digest: str, text_digest: str) -> None:
     """Refuse latents that another autoencoder or text encoder made.
 
@@ -113,12 +91,54 @@ def check_latents(manifest: Manifest, autoencoder_digest: str, text_digest: str)
             raise ValueError(f"these latents were made with {name} {made_with}, the one given is {given}")
 
 
+def _check_sizes(config: LatentsConfig, factor: int, picture: PictureConfig | None) -> None:
+    """Refuse sizes that the dataset's pictures or the autoencoder can't have."""
+    where, has_buckets = config.dataset, config.crop.shape is CropShape.BUCKETS
+    for size in config.image_sizes:
+        if size % factor:
+            raise ValueError(f"image_size must be a multiple of {factor}, got {size}")
+        if picture is not None and size > picture.image_size:
+            raise ValueError(f"image_size {size} is more than the dataset's {picture.image_size} in {where}")
+        if has_buckets and size % config.crop.bucket_step:
+            raise ValueError(f"image_size must be a multiple of crop.bucket_step {config.crop.bucket_step}, got {size}")
+    if has_buckets and config.crop.bucket_step % factor:
+        raise ValueError(f"crop.bucket_step must be a multiple of {factor}, got {config.crop.bucket_step}")
+    if picture is None:
+        return
+    if config.crop.count > 1 and picture.resize in (ResizeMode.CENTRE_CROP, ResizeMode.PAD) and not has_buckets:
+        raise ValueError(
+            f"the pictures in {where} are squares: {config.crop.count} crops of one would be the same; make the "
+            "dataset with picture.resize short-side"
+        )
+    if picture.resize is ResizeMode.BUCKETS and not has_buckets:
+        shortest = min(height for _, height in landscape_buckets(picture))
+        if max(config.image_sizes) > shortest:
+            raise ValueError(
+                f"the pictures in {where} come in buckets, the flattest {shortest} px high: take crop.shape buckets, "
+                f"or an image_size up to {shortest}"
+            )
+
+
+def token_embedder(manifest: Manifest, text: TextEncoderConfig, device: torch.device) -> Embed | None:
+    """Return the text encoder that a cache of token ids needs while it is read; None for a cache of embeddings."""
+    return TextEncoder(text, device).encode_tokens if manifest.identity.get("text_storage") else None
+
+
 def _identity(config: LatentsConfig, model: Autoencoder) -> dict[str, JSON]:
-    # Said only where there is one, so that latents of other text encoders are what they were before there were any.
-    pooled: dict[str, JSON] = {"pooled": output} if (output := config.text.kind.pooled_output) else {}
+    # Said only where there is any, so that other latents are what they were before.
+    more: dict[str, JSON] = {"pooled": output} if (output := config.text.kind.pooled_output) else {}
+    if config.text_storage is not TextStorage.EMBEDDED:
+        more["text_storage"] = config.text_storage.value
+    if config.columns != ColumnsConfig():
+        more["columns"] = config.columns.to_dict()
     return {
         "autoencoder": weights_digest(model.state_dict(), model.config),
-        "preprocessing": {"image_size": config.image_size, "crop": "center", "range": [-1, 1]},
+        "preprocessing": {
+            "image_size": config.image_size,
+            "crop": config.crop.to_dict(),
+            "scaled_by": "bicubic",
+            "range": [-1, 1],
+        },
         "text_encoder": text_encoder_digest(config.text),
         "max_tokens": config.text.max_tokens,
         "latent_kind": LATENT_KIND,
@@ -127,14 +147,19 @@ def _identity(config: LatentsConfig, model: Autoencoder) -> dict[str, JSON]:
         "flip": config.flip,
         "format": FORMAT_VERSION,
         "schema_version": SCHEMA_VERSION,
-        **pooled,
+        **more,
     }
 
 
 def _bytes_per_row(config: LatentsConfig, model: Autoencoder) -> int:
-    side = config.image_size // model.config.factor
-    forms = 2 if config.flip else 1
+    forms = (2 if config.flip else 1) * config.crop.count * (1 + config.columns.num_masks)
+    places = sum((size // model.config.factor) ** 2 for size in config.image_sizes)
+    return 2 * forms * model.config.moment_channels * places + _text_bytes(config) + _TAR_BYTES_PER_ROW
+
+
+def _text_bytes(config: LatentsConfig) -> int:
     kind = config.text.kind
     tokens = config.text.max_tokens if kind.has_attended_pads else _TOKENS_PER_ROW
-    width = _WIDE_TOKENS.get(kind, _TOKEN_WIDTH)
-    return 2 * (forms * model.config.moment_channels * side**2 + tokens * width) + _TAR_BYTES_PER_ROW
+    if config.text_storage is TextStorage.ONLINE:
+        return 4 * tokens * len(kind.towers)
+    return 2 * tokens * _WIDE_TOKENS.get(kind, _TOKEN_WIDTH)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from PIL import Image
 from ldm.evaluation.scores import psnr
 from ldm.storage import join, write_bytes
 from ldm.types import Image as Pictures
-from pipeline.encode import Device, Encoder, LatentsConfig
+from pipeline.crops import Part
+from pipeline.encoder import Encoder
+from pipeline.latent_config import Device, LatentsConfig
+from pipeline.latent_gate import Chosen
 from pipeline.latent_shard import MOMENTS
 from pipeline.report import REPORT_NAME, data_uri
 from pipeline.report_charts import Axis, histogram_figure
@@ -27,6 +31,7 @@ from pipeline.report_document import document, making, section, table
 from pipeline.report_elements import Element, byte_size, count, decimal, element, render, stranger
 from pipeline.report_totals import Column
 from pipeline.store.manifest import Manifest, ShardRecord, load_manifest, shard_path
+from pipeline.store.schema import Row
 from pipeline.store.shards import read_index, read_row
 
 NUM_PAIRS = 24
@@ -63,16 +68,16 @@ def write_latent_report(config: LatentsConfig) -> str:
     # The driver draws it, which may have no GPU where the workers have one.
     encoder = Encoder(dataclasses.replace(config, device=Device.AUTO))
     pairs = [_pair(config, encoder, shard, row) for shard, row in chosen_rows(manifest, NUM_PAIRS)]
-    sections = [_pairs(pairs), _channels(manifest), _figures(manifest), making(manifest)]
+    sections = [_pairs(pairs), *_shapes(manifest), _channels(manifest), _figures(manifest), making(manifest)]
     path = join(config.root, REPORT_NAME)
     write_bytes(path, render(document(f"Latents {manifest.digest[:12]}", _header(manifest), sections)))
     return path
 
 
-def chosen_rows(manifest: Manifest, num_rows: int) -> list[tuple[ShardRecord, int]]:
+def chosen_rows(manifest: Manifest, num_rows: int) -> list[tuple[ShardRecord, Chosen]]:
     """Return rows that the gates decoded: the worst one, and others evenly spread over the order of their PSNR."""
     gated = [
-        (figure, shard.split.value, shard.name, row, shard)
+        (figure, shard.split.value, shard.name, Chosen(*row), shard)
         for shard in manifest.shards
         for row, figure in zip(shard.details["gate"]["rows"], shard.details["gate"]["psnr"], strict=True)
     ]
@@ -81,10 +86,13 @@ def chosen_rows(manifest: Manifest, num_rows: int) -> list[tuple[ShardRecord, in
     return [(ordered[place][4], ordered[place][3]) for place in places]
 
 
-def _pair(config: LatentsConfig, encoder: Encoder, shard: ShardRecord, row: int) -> _Pair:
-    tars = [shard_path(root, shard.split, shard.name, "tar") for root in (config.dataset, config.root)]
-    source, latents = (read_row(tar, read_index(f"{tar.removesuffix('tar')}index"), row) for tar in tars)
-    crop = encoder.images([source])
+def _pair(config: LatentsConfig, encoder: Encoder, shard: ShardRecord, chosen: Chosen) -> _Pair:
+    told = shard.details["parts"][chosen.part]
+    part = Part(name=told["name"], image_size=told["image_size"], size=tuple(told["size"]), rows=())
+    latents = _row(config.root, shard, f"{part.name}.tar".lstrip("."), chosen.row)
+    source = shard_path(config.dataset, shard.split, shard.name, "tar")
+    index = read_index(f"{source.removesuffix('tar')}index")
+    crop = encoder.prepare([read_row(source, index, index.keys.index(latents["__key__"]))], part).images[0]
     moments = torch.from_numpy(np.load(io.BytesIO(latents[MOMENTS]))).float()[None]
     decoded = encoder.decode(moments).clamp(-1.0, 1.0)
     return _Pair(
@@ -94,6 +102,11 @@ def _pair(config: LatentsConfig, encoder: Encoder, shard: ShardRecord, row: int)
         crop=_uri(crop),
         decoded=_uri(decoded),
     )
+
+
+def _row(root: str, shard: ShardRecord, suffix: str, row: int) -> Row:
+    tar = shard_path(root, shard.split, shard.name, suffix)
+    return read_row(tar, read_index(f"{tar.removesuffix('tar')}index"), row)
 
 
 def _uri(pictures: Pictures) -> str:
@@ -110,7 +123,7 @@ def _header(manifest: Manifest) -> Element:
         ("Rows", count(sum(shard.num_rows for shard in manifest.shards))),
         ("Shards", count(len(manifest.shards))),
         ("On disk", byte_size(sum(shard.num_bytes for shard in manifest.shards))),
-        ("Moments", " x ".join(map(str, summary["moment_shape"]))),
+        ("Moments", _moments(summary["shapes"])),
         ("Round trip", f"{sum(figures) / len(figures):.2f} dB"),
         ("Captions", count(summary["num_captions"])),
     ]
@@ -122,6 +135,32 @@ def _header(manifest: Manifest) -> Element:
         element("p", "Cache ", element("code", manifest.digest[:12]), ". ", told, class_="lead"),
         element("dl", *cards, class_="cards"),
     )
+
+
+def _moments(shapes: Sequence[Mapping[str, Any]]) -> str:
+    """Return the shape of a row's moments, or how many there are."""
+    if len(shapes) == 1:
+        return " x ".join(map(str, shapes[0]["moment_shape"]))
+    return f"{len(shapes)} shapes of {shapes[0]['moment_shape'][0]} channels"
+
+
+def _shapes(manifest: Manifest) -> list[Element]:
+    """Return a section on the shapes of a cache that has several."""
+    shapes = manifest.summary["shapes"]
+    if len(shapes) == 1:
+        return []
+    rows = [
+        [
+            str(shape["image_size"]),
+            " x ".join(map(str, shape["size"])),
+            " x ".join(map(str, shape["moment_shape"])),
+            *[count(number) for number in shape["num_rows"].values()],
+        ]
+        for shape in shapes
+    ]
+    heads = ("image size", "width x height", "moments", *[f"{split} rows" for split in shapes[0]["num_rows"]])
+    note = "A batch holds rows of one shape; each shape of a shard is a tar of its own."
+    return [section("shapes", "Shapes", element("p", note, class_="note"), table(heads, rows))]
 
 
 def _pairs(pairs: Sequence[_Pair]) -> Element:

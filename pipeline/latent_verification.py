@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +16,17 @@ from jaxtyping import Float16, Float64
 
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.text_embedding import TextEmbedding
-from pipeline.encode import TEXT_SUFFIX, Encoder, LatentsConfig, Precision, on_this_machine
+from pipeline.crops import Part, parts_of
+from pipeline.encode import batch_rows, member, on_this_machine
+from pipeline.encoder import Encoder
+from pipeline.latent_config import LatentsConfig, Precision, TextStorage
 from pipeline.latent_plan import plan_latents
-from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS
+from pipeline.latent_shard import TEXT_SUFFIX
 from pipeline.plan import Plan, ShardTask, missing
 from pipeline.store.manifest import Manifest, ShardRecord, claim_root, load_manifest, shard_path, verify
 from pipeline.store.schema import Row
-from pipeline.store.shards import read_index, read_row
-from pipeline.text_table import open_text_table
+from pipeline.store.shards import ShardIndex, read_index, read_row
+from pipeline.text_table import TextTable, open_text_table
 
 TOLERANCES = {Precision.FP32: 0.01, Precision.BF16: 0.2, Precision.FP16: 0.05}
 """How far a moment may be from the one that is stored, in standard deviations of its channel."""
@@ -68,8 +71,9 @@ def verify_latents(config: LatentsConfig, share: float) -> LatentVerification:
     again = _Again(config, manifest) if share and not problems else None
     if again is not None:
         for shard in manifest.shards:
-            rows = sampled(read_index(shard_path(config.root, shard.split, shard.name, "index")).keys, share)
-            problems += again.compare(shard, source_of[shard.split, shard.name], rows)
+            source = source_of[shard.split, shard.name]
+            rows = sampled(read_index(f"{source.removesuffix('.tar')}.index").keys, share)
+            problems += again.compare(shard, source, set(rows))
     return LatentVerification(
         num_rows=sum(shard.num_rows for shard in manifest.shards),
         num_encoded=again.num_encoded if again else 0,
@@ -105,26 +109,46 @@ class _Again:
         self._encoder = Encoder(config)
         self._text = TextEncoder(config.text, self._encoder.device)
 
-    def compare(self, shard: ShardRecord, source: str, rows: Sequence[int]) -> Iterator[str]:
-        """Yield what is wrong with some rows of one shard."""
+    def compare(self, shard: ShardRecord, source: str, rows: Set[int]) -> Iterator[str]:
+        """Yield what is wrong with some rows of one shard, given by their numbers in the dataset's."""
         source_index = read_index(f"{source.removesuffix('.tar')}.index")
-        tar = shard_path(self.config.root, shard.split, shard.name, "tar")
-        index = read_index(tar.removesuffix("tar") + "index")
         here = f"{shard.split.value}/{shard.name}"
-        if index.keys != source_index.keys:
-            yield f"{here}: its rows are not those of {source}"
-            return
-        for start in range(0, len(rows), self.config.batch_size):
-            batch = rows[start : start + self.config.batch_size]
-            stored = [read_row(tar, index, row) for row in batch]
-            sources = [read_row(source, source_index, row) for row in batch]
-            images = self._encoder.images(sources)
-            forms = ((MOMENTS, images), (FLIPPED_MOMENTS, images.flip(-1)))
-            for name, form in forms[: 1 + self.config.flip]:
-                made = self._encoder.encode(form).half().cpu().numpy()
-                yield from self._moment_problems(f"{here}: {name} of row", name, stored, made)
-            self.num_encoded += len(batch)
-            yield from self._text_problems(here, shard, batch, stored, sources)
+        table_url = shard_path(self.config.root, shard.split, shard.name, TEXT_SUFFIX)
+        with on_this_machine(table_url) as path:
+            table = open_text_table(path)
+            if not self._is_same(table, 0, ""):
+                yield f"{here}: the text of the empty caption is not the text encoder's"
+            for part in self._parts(source, source_index):
+                tar = shard_path(self.config.root, shard.split, shard.name, f"{part.name}.tar".lstrip("."))
+                index = read_index(f"{tar.removesuffix('tar')}index")
+                if index.keys != tuple(source_index.keys[row] for row in part.rows):
+                    yield f"{here}: the rows of {tar} are not those of {source}"
+                    return
+                places = [place for place, row in enumerate(part.rows) if row in rows]
+                for start in range(0, len(places), batch_rows(self.config, part)):
+                    batch = places[start : start + batch_rows(self.config, part)]
+                    stored = [read_row(tar, index, place) for place in batch]
+                    sources = [read_row(source, source_index, part.rows[place]) for place in batch]
+                    yield from self._array_problems(here, part, stored, sources)
+                    self.num_encoded += len(batch)
+                    yield from self._text_problems(here, table, [part.rows[place] for place in batch], stored, sources)
+
+    def _parts(self, source: str, index: ShardIndex) -> list[Part]:
+        """Return the parts that a dataset's shard comes to."""
+        with on_this_machine(source) as path:
+            facts = [json.loads(member(path, index, row, "json")) for row in range(len(index.keys))]
+        return parts_of([(int(fact["width"]), int(fact["height"])) for fact in facts], self.config)
+
+    def _array_problems(self, here: str, part: Part, stored: Sequence[Row], sources: Sequence[Row]) -> Iterator[str]:
+        """Yield which arrays of some rows are not what their pictures give now."""
+        prepared = self._encoder.prepare(sources, part)
+        for name, moments in self._encoder.forms(prepared):
+            made = moments.half().cpu().numpy()
+            yield from self._moment_problems(f"{here}: {name} of row", name, stored, made)
+        for name, arrays in prepared.stored.items():
+            for row, array in zip(stored, arrays, strict=True):
+                if not np.array_equal(np.load(io.BytesIO(row[name])), array):
+                    yield f"{here}: {name} of row {row['__key__']} is not what its picture gives"
 
     def _moment_problems(
         self, what: str, name: str, stored: Sequence[Row], made: Float16[np.ndarray, "b m h w"]
@@ -144,23 +168,24 @@ class _Again:
                 yield f"{what} {row['__key__']} has other log-variances than the autoencoder gives for its picture"
 
     def _text_problems(
-        self, here: str, shard: ShardRecord, rows: Sequence[int], stored: Sequence[Row], sources: Sequence[Row]
+        self, here: str, table: TextTable, rows: Sequence[int], stored: Sequence[Row], sources: Sequence[Row]
     ) -> Iterator[str]:
-        url = shard_path(self.config.root, shard.split, shard.name, TEXT_SUFFIX)
-        with on_this_machine(url) as path:
-            table = open_text_table(path)
-            if not _is_same(table.embedding(0), self._text.encode([""])[0]):
-                yield f"{here}: the embedding of the empty caption is not the text encoder's"
-            for number, row, source in zip(rows, stored, sources, strict=True):
-                facts, captions = json.loads(row["json"]), list(json.loads(source["json"])["captions"]) or [""]
-                choices = table.choices[table.choice_offsets[number] : table.choice_offsets[number + 1]].tolist()
-                named = [table.text(choice) for choice in choices]
-                if not facts["captions"] == captions == named or row["txt"].decode() != captions[0]:
-                    yield f"{here}: the captions of row {row['__key__']} are not those of the dataset"
-                    continue
-                for caption, choice, made in zip(captions, choices, self._text.encode(captions), strict=True):
-                    if not _is_same(table.embedding(choice), made):
-                        yield f"{here}: the embedding of {caption!r} is not the text encoder's"
+        for number, row, source in zip(rows, stored, sources, strict=True):
+            facts, captions = json.loads(row["json"]), list(json.loads(source["json"])["captions"]) or [""]
+            choices = table.choices[table.choice_offsets[number] : table.choice_offsets[number + 1]].tolist()
+            named = [table.text(choice) for choice in choices]
+            if not facts["captions"] == captions == named or row["txt"].decode() != captions[0]:
+                yield f"{here}: the captions of row {row['__key__']} are not those of the dataset"
+                continue
+            for caption, choice in zip(captions, choices, strict=True):
+                if not self._is_same(table, choice, caption):
+                    yield f"{here}: the text stored of {caption!r} is not the text encoder's"
+
+    def _is_same(self, table: TextTable, choice: int, caption: str) -> bool:
+        """Say whether what is stored of a caption is what the text encoder gives."""
+        if self.config.text_storage is TextStorage.ONLINE:
+            return np.array_equal(table.ids(choice), self._text.token_ids([caption])[0])
+        return _is_same(table.embedding(choice), self._text.encode([caption])[0])
 
 
 def _is_same(there: TextEmbedding, made: TextEmbedding) -> bool:

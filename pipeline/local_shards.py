@@ -7,7 +7,7 @@ non-local root is copied into the cache folder the first time it is asked for, a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,9 @@ from pipeline.store.schema import Split
 
 NUM_READERS = 8
 
+SuffixesOf = Callable[[ShardRecord], Sequence[str]]
+"""Returns which files of a shard are used."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalShards:
@@ -26,13 +29,13 @@ class LocalShards:
     Attributes:
         root: the finished folder, anywhere.
         shards: the split's records, in the manifest's order.
-        suffixes: the files of a shard that are used, such as ("tar", "index").
+        suffixes_of: the files of a shard that are used, such as "tar" and "index".
         cache_folder: where copies of a non-local root's files go; unused for a local one.
     """
 
     root: str
     shards: tuple[ShardRecord, ...]
-    suffixes: tuple[str, ...]
+    suffixes_of: SuffixesOf
     cache_folder: str
 
     @property
@@ -40,10 +43,9 @@ class LocalShards:
         """Rows of each shard."""
         return tuple(shard.num_rows for shard in self.shards)
 
-    def fetch(self, shards: Sequence[int]) -> None:
-        """Copy the files of several shards of a non-local root at once; does nothing for a local one."""
-        if shards and not is_local(self.root):
-            names = [(shard, suffix) for shard in shards for suffix in self.suffixes]
+    def fetch(self, names: Sequence[tuple[int, str]]) -> None:
+        """Copy files, given by shard and suffix, of a non-local root at once; does nothing for a local one."""
+        if names and not is_local(self.root):
             with ThreadPoolExecutor(NUM_READERS) as readers:
                 list(readers.map(lambda name: self.path(*name), names))
 
@@ -71,7 +73,7 @@ def open_local_shards(
     manifest: Manifest,
     root: str,
     split: Split,
-    suffixes: Sequence[str],
+    suffixes_of: SuffixesOf,
     *,
     cache_folder: str = "",
     has_digest_check: bool = False,
@@ -87,8 +89,8 @@ def open_local_shards(
         raise ValueError(f"{root} has no rows in its split {split.value!r}")
     if not is_local(root) and not cache_folder:
         raise ValueError(f"{root} is not on this machine: give a cache_folder for local copies of its shards")
-    local = LocalShards(root=root, shards=shards, suffixes=tuple(suffixes), cache_folder=cache_folder)
-    names = [(number, suffix) for number in range(len(shards)) for suffix in local.suffixes]
+    local = LocalShards(root=root, shards=shards, suffixes_of=suffixes_of, cache_folder=cache_folder)
+    names = [(number, suffix) for number, shard in enumerate(shards) for suffix in suffixes_of(shard)]
     problems = _size_problems(local, names) if is_local(root) else _absences(local, split, names)
     if not problems and has_digest_check:
         with ThreadPoolExecutor(NUM_READERS) as readers:

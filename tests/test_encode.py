@@ -14,16 +14,18 @@ import pytest
 import safetensors.numpy
 import torch
 import webdataset
+from PIL import Image
 
 from ldm.autoencoder.model import Autoencoder
 from ldm.autoencoder.regularizer import LOG_VARIANCE_RANGE
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, TextEncoderKind, text_encoder_digest
 from ldm.interop.diffusers import save_autoencoder, weights_digest
-from pipeline.encode import Precision
 from pipeline.images import decode_pixels, image_of_pixels
+from pipeline.latent_config import Precision
 from pipeline.latent_gate import GateConfig
-from pipeline.latent_plan import check_latents, plan_latents, summarize
+from pipeline.latent_plan import check_latents, plan_latents
 from pipeline.latent_shard import MOMENTS
+from pipeline.latent_summary import summarize
 from pipeline.moment_statistics import StatisticsBuilder, merged, statistics_of
 from pipeline.plan import ShardTask, Stage
 from pipeline.store.manifest import Manifest, ShardRecord, claim_root, load_manifest, read_records, verify
@@ -169,7 +171,8 @@ def test_encode_tars_are_read_by_plain_webdataset(made: Path) -> None:
     assert first["moments.npy"].shape == (4, 8, 8)
     assert first["txt"] == "red"
     assert first["json"]["captions"] == ["red", "a red square, number 0"]
-    assert (first["json"]["crop"], first["json"]["size"]) == ([0, 0, 16, 16], [30, 40])
+    assert first["json"]["size"] == [30, 40]
+    assert first["json"]["crops"] == [[0, 5, 30, 30]]  # top, left, height, width of what the dataset kept of it
 
 
 def test_encode_text_table_holds_each_caption_once_and_the_empty_one_first(made: Path) -> None:
@@ -222,11 +225,12 @@ def test_claim_root_of_latents_from_before_pooled_output_is_refused(made: Path, 
     claim_root(plan.root, plan.kind, before)  # it is as it was
 
 
-def test_encode_centre_crop_is_the_middle_of_a_larger_image(tmp_path: Path) -> None:
+def test_encode_larger_image_is_scaled_down_to_the_crop(tmp_path: Path) -> None:
     write_dataset(tmp_path / "dataset", sizes=(3,), image_size=20)
     model = write_autoencoder(tmp_path / "autoencoder").eval()
     carry_out(plan_latents(latents_config(tmp_path)))
-    pixels = decode_pixels(image_row(0, 20)["png"])[2:18, 2:18]
+    whole = Image.fromarray(decode_pixels(image_row(0, 20)["png"]))
+    pixels = np.asarray(whole.resize((16, 16), Image.Resampling.BICUBIC))
     row = next(read_rows(str(tmp_path / "latents" / "train" / "000000.tar")))
     with torch.no_grad():
         expected = model.encode(image_of_pixels([pixels]))[0].numpy()
@@ -366,6 +370,7 @@ def test_summary_names_dataset_counts_and_shapes(made: Path) -> None:
     summary = load_manifest(str(made / "latents")).summary
     assert summary["dataset"] == load_manifest(str(made / "dataset")).digest
     assert summary["num_rows"] == {"train": 18, "validation": 4}
-    assert summary["moment_shape"] == [4, 8, 8]
+    rows = {"train": 18, "validation": 4}
+    assert summary["shapes"] == [{"image_size": 16, "size": [16, 16], "moment_shape": [4, 8, 8], "num_rows": rows}]
     assert summary["text_width"] == 384
     assert summary["num_values_per_channel"] == 22 * (IMAGE_SIZE // 2) ** 2

@@ -23,7 +23,7 @@ from jobs.command_line import from_command_line
 from ldm.config import Config
 from ldm.training.deepspeed_engine import OURS
 from ldm.training.local_launch import LaunchConfig
-from pipeline.encode import Device, LatentsConfig
+from pipeline.latent_config import Device, LatentsConfig
 
 HOUSE = Path(__file__).parents[1]
 INFRA = HOUSE / "infra"

@@ -12,8 +12,7 @@ import pytest
 import safetensors.numpy
 
 from ldm.storage import sha256_of
-from pipeline.encode import TEXT_SUFFIX
-from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS, npy_bytes
+from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS, TEXT_SUFFIX, npy_bytes
 from pipeline.latent_verification import sampled, verify_latents
 from pipeline.store.manifest import (
     FileRecord,

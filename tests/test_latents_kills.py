@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.encode import LatentsConfig
+from pipeline.latent_config import LatentsConfig
 from pipeline.latent_verification import verify_latents
 from tests.kills import Job, kill_again_and_again, kill_in_all
 from tests.small_datasets import contents
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 SEED = 5
 DRIVER = """
 import sys, ray
-from pipeline.encode import LatentsConfig
+from pipeline.latent_config import LatentsConfig
 from pipeline.latent_plan import plan_latents
 from pipeline.run import run
 ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -14,7 +14,7 @@ from PIL import Image
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.conditioning.text import TextEncoderConfig
 from ldm.interop.diffusers import save_autoencoder
-from pipeline.encode import Device, LatentsConfig
+from pipeline.latent_config import Device, LatentsConfig
 from pipeline.latent_gate import GateConfig
 from pipeline.latent_plan import plan_latents
 from pipeline.plan import Plan, ShardTask

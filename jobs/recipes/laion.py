@@ -30,10 +30,10 @@ from ldm.training.loop import LoopConfig
 from ldm.training.optim import OptimConfig
 from ldm.training.tracking_config import TrackingConfig
 from ldm.unet import zoo as unets
-from pipeline.encode import Precision as EncodePrecision
 from pipeline.ingest.duplicates import DuplicateConfig
 from pipeline.ingest.filters import FilterConfig, laion_safety
 from pipeline.ingest.transforms import PictureConfig
+from pipeline.latent_config import Precision as EncodePrecision
 from pipeline.sources.tables import UrlTableConfig, laion_columns
 
 AUTOENCODER = "hf://stabilityai/sd-vae-ft-mse"

@@ -26,10 +26,12 @@ from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
-from ldm.types import Image, LatentBatch
+from ldm.types import Condition, Image, LatentBatch
 from pipeline.images import ImageLoader, ImageLoaderConfig
+from pipeline.latent_plan import token_embedder
+from pipeline.latent_summary import latent_size
 from pipeline.loader import LatentLoader, LoaderConfig
-from pipeline.store.manifest import load_manifest
+from pipeline.store.manifest import Manifest, load_manifest
 from pipeline.store.schema import Split
 
 REPORT_FILE = "evaluation.json"
@@ -107,7 +109,16 @@ def evaluate_worker(
         )
     split = Split(config.protocol.split)
     images = ImageLoader(dataset, ImageLoaderConfig(root=config.dataset, split=split))
-    held_out = LatentLoader(latents, LoaderConfig(root=config.latents, split=split, caption_dropout=0.0))
+    held_out = LatentLoader(
+        latents,
+        LoaderConfig(
+            root=config.latents,
+            split=split,
+            image_size=_image_size(latents, model.card.latent_size),
+            caption_dropout=0.0,
+        ),
+        embed=token_embedder(latents, model.card.text, world.device),
+    )
     num_images = min(config.protocol.num_images, images.num_rows)
     total = images.num_rows + 2 * config.validation_rows + num_images
     bar = _Bar(report, total)
@@ -177,12 +188,12 @@ def _denoising(config: EvaluateConfig, held_out: LatentLoader, world: World, bar
     measure = Denoising(
         schedule=Schedule(card.schedule), prediction=card.prediction, space=card.space, num_rows=num_rows
     )
-    batch = held_out.rows(0, num_rows)
-    shuffled = batch.condition.rolled(num_rows // 2)
+    spans = list(held_out.spans(0, num_rows, BATCH))
+    batches = [held_out.rows(*span) for span in spans]
+    shuffled = Condition.joined([batch.condition for batch in batches]).rolled(num_rows // 2)
     sums = [0.0, 0.0]
-    for start in range(0, num_rows, BATCH):
-        stop = min(start + BATCH, num_rows)
-        part = _placed(batch.rows(start, stop), world.device)
+    for batch, (start, stop) in zip(batches, spans, strict=True):
+        part = _placed(batch, world.device)
         wrong = shuffled.rows(start, stop).to(world.device, torch.float32)
         for i, condition in enumerate((part.condition, wrong)):
             sums[i] += measure.losses(unet, part, condition).sum().item()
@@ -211,6 +222,12 @@ def _distance(
 def _batches(images: ImageLoader, num_rows: int) -> Iterator[Image]:
     for start in range(0, num_rows, BATCH):
         yield images.rows(start, min(start + BATCH, num_rows)).images
+
+
+def _image_size(latents: Manifest, wanted: tuple[int, int]) -> int:
+    """Return the image size of a cache whose square latents have the wanted size."""
+    sizes = {shape["image_size"] for shape in latents.summary["shapes"]}
+    return next(size for size in sorted(sizes) if latent_size(latents, size) == wanted)
 
 
 def _placed(batch: LatentBatch, device: torch.device) -> LatentBatch:

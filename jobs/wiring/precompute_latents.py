@@ -9,8 +9,9 @@ from jobs.session import without_warnings
 from jobs.wiring.data_runs import publish_report
 from ldm.storage import join
 from ldm.training.tracking_config import TrackingConfig
-from pipeline.encode import Device, LatentsConfig, has_gpu
+from pipeline.encoder import has_gpu
 from pipeline.forecast import ForecastConfig, forecast
+from pipeline.latent_config import Device, LatentsConfig
 from pipeline.latent_report import write_latent_report
 from pipeline.latent_verification import verify_latents
 from pipeline.plan import Plan, describe, missing

@@ -12,7 +12,7 @@ import torch
 from jobs.wiring.recording import open_record
 from ldm import storage
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
-from ldm.config import Config
+from ldm.config import Config, added_later
 from ldm.interop.diffusers import load_autoencoder, save_autoencoder, save_unet, weights_digest
 from ldm.latents import LatentSpace
 from ldm.samplers.sample import SamplerConfig
@@ -39,7 +39,8 @@ from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
 from ldm.types import Image
 from ldm.unet.model import UNet, UNetConfig
-from pipeline.latent_plan import check_latents
+from pipeline.latent_plan import check_latents, token_embedder
+from pipeline.latent_summary import cached_size, latent_size
 from pipeline.loader import LatentLoader, LoaderConfig
 from pipeline.order import check_world
 from pipeline.store.manifest import Manifest, load_manifest
@@ -74,6 +75,8 @@ class TrainLdmConfig(Config):
     """Folder or URL of the autoencoder that made it."""
     text: TextEncoderConfig
     """The text encoder that made it."""
+    image_size: int = added_later(0)
+    """Which of the latents' image sizes is trained on; 0 for the only one."""
     unet: UNetConfig
     """The denoiser."""
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -119,6 +122,8 @@ class TrainLdmConfig(Config):
         engine: dict[str, object] = {"kind": self.engine.kind.value, "precision": self.engine.precision.value}
         if self.engine.kind is EngineKind.DEEPSPEED:  # its shards are loaded on as many workers, under the same stage
             engine |= {"zero_config": self.engine.zero_config, "num_workers": self.launch.num_workers}
+        if self.image_size:
+            own["image_size"] = {"image_size": self.image_size}
         order = {"batch_size": self.batch_size, "num_streams": self.num_streams, "seed": self.seed}
         return {**own, "engine": engine, **order, "caption_dropout": self.caption_dropout, "latents": manifest.digest}
 
@@ -127,6 +132,7 @@ class TrainLdmConfig(Config):
         return LoaderConfig(
             root=self.latents,
             split=split,
+            image_size=self.image_size,
             batch_size=self.batch_size,
             num_streams=self.num_streams,
             caption_dropout=self.caption_dropout if split is Split.TRAIN else 0.0,
@@ -144,6 +150,7 @@ def check_inputs(config: TrainLdmConfig) -> Manifest:
     manifest = load_manifest(config.latents)
     autoencoder = load_autoencoder(config.autoencoder)
     digest = weights_digest(autoencoder.state_dict(), autoencoder.config)
+    cached_size(manifest, config.image_size)
     check_latents(manifest, autoencoder_digest=digest, text_digest=text_encoder_digest(config.text))
     channels, width = autoencoder.config.latent_channels, int(manifest.summary["text_width"])
     if config.unet.in_channels != channels or config.unet.context_width != width:
@@ -168,8 +175,9 @@ def train_ldm_worker(
 ) -> Outcome:
     """Train in one process of the group; the main one records into the MLflow run and publishes the finished model."""
     manifest = load_manifest(config.latents)
-    loader = LatentLoader(manifest, config.loader(Split.TRAIN), world.rank, world.size)
-    held_out = LatentLoader(manifest, config.loader(Split.VALIDATION), 0, 1)
+    embed = token_embedder(manifest, config.text, world.device)
+    loader = LatentLoader(manifest, config.loader(Split.TRAIN), world.rank, world.size, embed)
+    held_out = LatentLoader(manifest, config.loader(Split.VALIDATION), 0, 1, embed)
     torch.manual_seed(config.seed)
     rows = config.batch_size // world.size
     engine = build_engine(UNet(config.unet), config.optim, config.ema, config.engine, world, rows)
@@ -250,7 +258,6 @@ def _space(manifest: Manifest) -> LatentSpace:
 
 def _card(config: TrainLdmConfig, manifest: Manifest, unet_digest: str = "", samples_seen: int = 0) -> ModelCard:
     space = _space(manifest)
-    _, height, width = manifest.summary["moment_shape"]
     return ModelCard(
         unet_digest=unet_digest,
         autoencoder_digest=str(manifest.identity["autoencoder"]),
@@ -260,7 +267,7 @@ def _card(config: TrainLdmConfig, manifest: Manifest, unet_digest: str = "", sam
         prediction=config.objective.prediction,
         latent_mean=space.mean,
         latent_std=space.std,
-        latent_size=(height, width),
+        latent_size=latent_size(manifest, config.image_size),
         sampler=config.preview.sampler,
         guidance=config.preview.guidance,
         lineage={

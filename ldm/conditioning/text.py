@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float, Float16, Int, Int32
 from torch import Tensor
 from transformers.utils import logging as untyped_logging
 
@@ -251,11 +251,27 @@ class TextEncoder:
         Raises:
             ValueError: if an embedding is not finite in fp16.
         """
-        tokens = list(zip(*(tower.tokens(captions) for tower in self.towers), strict=True))
-        lengths = [[len(part) for part in row] for row in tokens]
-        order = sorted(range(len(tokens)), key=lambda row: (lengths[row], tokens[row]))
+        return self.encode_tokens(self.token_ids(captions), batch_size)
+
+    def token_ids(self, captions: Sequence[str]) -> list[Int32[np.ndarray, "l towers"]]:
+        """Return what each tower's tokenizer makes of the captions, side by side.
+
+        Raises:
+            ValueError: if the towers make different numbers of tokens of a caption.
+        """
+        rows = list(zip(*(tower.tokens(captions) for tower in self.towers), strict=True))
+        for caption, row in zip(captions, rows, strict=True):
+            if len({len(tokens) for tokens in row}) > 1:
+                raise ValueError(f"the towers make {[len(tokens) for tokens in row]} tokens of the caption {caption!r}")
+        return [np.array(row, np.int32).T for row in rows]
+
+    def encode_tokens(
+        self, tokens: Sequence[Int32[np.ndarray, "l towers"]], batch_size: int = 64
+    ) -> list[TextEmbedding]:
+        """Return one embedding for each caption that `token_ids` gave, as `encode` does."""
+        order = sorted(range(len(tokens)), key=lambda row: (len(tokens[row]), tokens[row].T.tolist()))
         encoded: dict[int, TextEmbedding] = {}
-        for rows in _equal_length_batches(order, lengths, batch_size):
+        for rows in _equal_length_batches(order, [len(row) for row in tokens], batch_size):
             encoded.update(zip(rows, self._embeddings([tokens[row] for row in rows]), strict=True))
         return [encoded[row] for row in range(len(tokens))]
 
@@ -263,9 +279,9 @@ class TextEncoder:
         """Return how many captions lose tokens to `max_tokens`, in one tower or in several."""
         return sum(any(row) for row in zip(*(tower.truncated(captions) for tower in self.towers), strict=True))
 
-    def _embeddings(self, tokens: Sequence[Sequence[list[int]]]) -> list[TextEmbedding]:
+    def _embeddings(self, tokens: Sequence[Int32[np.ndarray, "l towers"]]) -> list[TextEmbedding]:
         """Return embeddings of captions of equal length, given as each tower's token numbers."""
-        numbers = [torch.tensor(rows) for rows in zip(*tokens, strict=True)]
+        numbers = torch.from_numpy(np.stack(tokens)).long().permute(2, 0, 1).contiguous()
         outputs = [tower.output(rows) for tower, rows in zip(self.towers, numbers, strict=True)]
         states = _stored(torch.cat([output.states for output in outputs], dim=-1))
         if outputs[-1].pooled is None:
@@ -293,10 +309,8 @@ def encoder_folder(config: TextEncoderConfig) -> Path:
     return local_folder(config.path, [place for _, place in config.kind.towers])
 
 
-def _equal_length_batches(
-    order: Sequence[int], lengths: Sequence[Sequence[int]], batch_size: int
-) -> Iterator[list[int]]:
-    """Yield runs of `order` whose rows have one length in every tower, at most `batch_size` long."""
+def _equal_length_batches(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield runs of `order` whose rows have one length, at most `batch_size` long."""
     start = 0
     for stop in range(1, len(order) + 1):
         is_full = stop - start == batch_size

@@ -8,7 +8,7 @@ Letters: b batch, c latent channel, h latent row, w latent column.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Protocol
@@ -52,7 +52,11 @@ class HeldOut(Protocol):
         ...
 
     def rows(self, start: int, stop: int) -> LatentBatch:
-        """Return rows [start, stop), `samples` counting from 0, first captions, nothing dropped."""
+        """Return rows [start, stop), all of one shape, `samples` counting from 0, first captions, nothing dropped."""
+        ...
+
+    def spans(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+        """Yield rows [start, stop) in spans of at most `step` rows, all of one shape each."""
         ...
 
 
@@ -112,8 +116,7 @@ class DiffusionTask:
         share = num_rows // self.world.size
         total = torch.zeros((), device=self.world.device)
         with self.engine.averaged(), torch.no_grad():
-            for start in range(self.world.rank * share, (self.world.rank + 1) * share, 64):
-                stop = min(start + 64, (self.world.rank + 1) * share)
+            for start, stop in self.held_out.spans(self.world.rank * share, (self.world.rank + 1) * share, 64):
                 total += measure.losses(self._network, self._on_device(self.held_out.rows(start, stop))).sum()
         return {"validation_loss": float(self.world.mean(total)) / share}
 
@@ -150,6 +153,7 @@ class DiffusionTask:
             samples=batch.samples,
             moments=batch.moments.to(device, torch.float32, non_blocking=True),
             condition=batch.condition.to(device, torch.float32),
+            columns={name: column.to(device, non_blocking=True) for name, column in batch.columns.items()},
         )
 
 

@@ -5,13 +5,10 @@ Letters: a box is (left, top, right, bottom) in pixels of the upright original; 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from pipeline.buckets import Box, Buckets, Size, covering_box
 from pipeline.ingest.picture import PictureConfig, ResizeMode
-
-Box = tuple[float, float, float, float]
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,27 +50,13 @@ def place(width: int, height: int, config: PictureConfig) -> Placement:
 
 
 def bucket_of(width: int, height: int, config: PictureConfig) -> Size:
-    """Return the bucket whose aspect is nearest, in logarithms, to that of a picture of this size.
-
-    Buckets have sides in multiples of `bucket_step` and no more pixels than a square of `image_size`; a picture on its
-    side gets the bucket on its side. Of two that are equally near, the one with more pixels is taken.
-    """
-    long, short = max(width, height), min(width, height)
-    aspect = math.log(long / short)
-
-    def distance(bucket: Size) -> tuple[float, int]:
-        return (round(abs(math.log(bucket[0] / bucket[1]) - aspect), 9), -bucket[0] * bucket[1])
-
-    nearest = min(landscape_buckets(config), key=distance)
-    return nearest if width >= height else (nearest[1], nearest[0])
+    """Return the bucket of a picture of this size."""
+    return _buckets(config).nearest(width, height)
 
 
 def landscape_buckets(config: PictureConfig) -> list[Size]:
-    """Return the buckets that are at least as wide as high, the square first: for each width the largest height."""
-    step, area = config.bucket_step, config.image_size**2
-    widths = range(config.image_size, area // step + 1, step)
-    sizes = [(width, area // width // step * step) for width in widths]
-    return [(width, height) for width, height in sizes if width <= height * config.bucket_max_aspect]
+    """Return the config's buckets that are at least as wide as high, the square first."""
+    return _buckets(config).landscape()
 
 
 def stored_box(box: Box, width: int, height: int, orientation: int) -> Box:
@@ -110,14 +93,13 @@ def is_turned(orientation: int) -> bool:
     return orientation >= 5
 
 
+def _buckets(config: PictureConfig) -> Buckets:
+    return Buckets(image_size=config.image_size, step=config.bucket_step, max_aspect=config.bucket_max_aspect)
+
+
 def _cover(width: int, height: int, size: Size) -> Placement:
     """Keep the largest centre part of the wanted shape."""
-    shrink = min(width / size[0], height / size[1])
-    box_width, box_height = min(shrink * size[0], width), min(shrink * size[1], height)
-    left, top = (width - box_width) / 2, (height - box_height) / 2
-    if shrink == 1:  # half a pixel would blur a crop that needs no resize
-        left, top = float(math.floor(left)), float(math.floor(top))
-    return Placement(box=(left, top, left + box_width, top + box_height), size=size, canvas=size)
+    return Placement(box=covering_box(width, height, size), size=size, canvas=size)
 
 
 def _scaled(width: int, height: int, scale: float) -> Size:

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.buckets import Box, Size
 from pipeline.ingest import svg
 from pipeline.ingest.colour import averageable, is_plain_srgb, is_wide, reject_mode, to_srgb
-from pipeline.ingest.geometry import Box, Placement, Size, bucket_of, is_turned, place, stored_box
+from pipeline.ingest.geometry import Placement, bucket_of, is_turned, place, stored_box
 from pipeline.ingest.headers import (
     MAX_SCANS,
     ends_with_image,
