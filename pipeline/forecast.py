@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 
@@ -146,27 +147,37 @@ def forecast(config: LatentsConfig, plan: Plan, todo: list[ShardTask], prices: F
     with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(_measure, config, todo, prices.seconds) for _ in range(num_processes)]
         measured = [job.result() for job in jobs]
-    rate = sum(rows / seconds for rows, seconds, _ in measured) * num_workers / num_processes
-    num_measured = sum(rows for rows, _, _ in measured)
+    rate = sum(part.num_rows / part.seconds for part in measured) * num_workers / num_processes
     return Forecast(
         rows_per_second=rate,
         num_workers=num_workers,
-        bytes_per_row=sum(size for _, _, size in measured) / num_measured,
+        bytes_per_row=sum(part.num_bytes for part in measured) / sum(part.num_sized for part in measured),
         num_rows=sum(task.num_rows for task in todo),
         num_rows_in_all=plan.num_rows,
-        num_measured=num_measured,
+        num_measured=sum(part.num_rows for part in measured),
         config=prices,
     )
 
 
-def _measure(config: LatentsConfig, todo: list[ShardTask], seconds: float) -> tuple[int, float, int]:
-    """Return how many rows the stage, once it was warm, encoded in how many seconds to how many bytes."""
+class _Measured(NamedTuple):
+    """Rows that the stage, once it was warm, encoded in some seconds; bytes of more rows, since a few share less."""
+
+    num_rows: int
+    seconds: float
+    num_sized: int
+    num_bytes: int
+
+
+def _measure(config: LatentsConfig, todo: list[ShardTask], seconds: float) -> _Measured:
     rows = itertools.chain.from_iterable(read_rows(task.source_name) for task in todo)
     with TemporaryDirectory(prefix="ldm-forecast-") as home:
         stage = EncodeStage(dataclasses.replace(config, root=f"{home}/latents"))
         warm, spent, size = _encode(stage, home, todo[0], list(islice(rows, WARM_UP_ROWS)))
         more = list(islice(rows, max(1, round(seconds * warm / spent))))
-        return _encode(stage, home, todo[0], more) if more else (warm, spent, size)
+        if not more:
+            return _Measured(warm, spent, warm, size)
+        num_rows, spent, more_size = _encode(stage, home, todo[0], more)
+        return _Measured(num_rows, spent, max(warm, num_rows), size if warm > num_rows else more_size)
 
 
 def _encode(stage: EncodeStage, home: str, first: ShardTask, rows: list[Row]) -> tuple[int, float, int]:

@@ -117,12 +117,12 @@ class _Again:
         with on_this_machine(table_url) as path:
             table = open_text_table(path)
             if not self._is_same(table, 0, ""):
-                yield f"{here}: the text of the empty caption is not the text encoder's"
+                yield f"{here}: the {self._stored_text} of the empty caption is not the text encoder's"
             for part in self._parts(source, source_index):
                 tar = shard_path(self.config.root, shard.split, shard.name, f"{part.name}.tar".lstrip("."))
                 index = read_index(f"{tar.removesuffix('tar')}index")
                 if index.keys != tuple(source_index.keys[row] for row in part.rows):
-                    yield f"{here}: the rows of {tar} are not those of {source}"
+                    yield f"{here}: its rows are not those of {source}"
                     return
                 places = [place for place, row in enumerate(part.rows) if row in rows]
                 for start in range(0, len(places), batch_rows(self.config, part)):
@@ -132,6 +132,10 @@ class _Again:
                     yield from self._array_problems(here, part, stored, sources)
                     self.num_encoded += len(batch)
                     yield from self._text_problems(here, table, [part.rows[place] for place in batch], stored, sources)
+
+    @property
+    def _stored_text(self) -> str:
+        return "list of token ids" if self.config.text_storage is TextStorage.ONLINE else "embedding"
 
     def _parts(self, source: str, index: ShardIndex) -> list[Part]:
         """Return the parts that a dataset's shard comes to."""
@@ -179,7 +183,7 @@ class _Again:
                 continue
             for caption, choice in zip(captions, choices, strict=True):
                 if not self._is_same(table, choice, caption):
-                    yield f"{here}: the text stored of {caption!r} is not the text encoder's"
+                    yield f"{here}: the {self._stored_text} of {caption!r} is not the text encoder's"
 
     def _is_same(self, table: TextTable, choice: int, caption: str) -> bool:
         """Say whether what is stored of a caption is what the text encoder gives."""

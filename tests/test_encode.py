@@ -235,7 +235,7 @@ def test_encode_larger_image_is_scaled_down_to_the_crop(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.encode(image_of_pixels([pixels]))[0].numpy()
     np.testing.assert_allclose(np.load(io.BytesIO(row[MOMENTS])), expected, atol=1e-3)
-    assert json.loads(row["json"])["crop"] == [2, 2, 16, 16]
+    assert json.loads(row["json"])["crops"] == [[0, 5, 30, 30]]
 
 
 @pytest.mark.parametrize("size, named", [(32, "more than the dataset's 16"), (15, "multiple of 2, got 15")])

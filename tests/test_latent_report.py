@@ -47,7 +47,7 @@ def test_report_of_the_same_cache_is_the_same_bytes(made: Path) -> None:
 def test_chosen_rows_begin_with_the_worst_and_spread_over_the_order(made: Path) -> None:
     manifest = load_manifest(str(made / "latents"))
     figure_of = {
-        (shard.split, shard.name, row): figure
+        (shard.split, shard.name, tuple(row)): figure
         for shard in manifest.shards
         for row, figure in zip(shard.details["gate"]["rows"], shard.details["gate"]["psnr"], strict=True)
     }
