@@ -31,7 +31,7 @@ from jaxtyping import Float16
 from ldm.autoencoder.regularizer import mode
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig
 from ldm.config import Config
-from ldm.interop.diffusers import load_autoencoder
+from ldm.first_stage import load_autoencoder
 from ldm.storage import copy_file, is_local, write_bytes
 from ldm.types import Image, Moments
 from pipeline.images import Pixels, decode_pixels, image_of_pixels, image_suffix
@@ -75,7 +75,7 @@ class LatentsConfig(Config):
     dataset: str
     """Folder or URL of the finished dataset."""
     autoencoder: str
-    """Folder or URL of the autoencoder, in the layout of diffusers."""
+    """The autoencoder: folder, checkpoint, URL, hub name, or models:/NAME/1 at MLflow."""
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """Which text encoder embeds the captions."""
     image_size: int
@@ -112,7 +112,8 @@ class Encoder:
         torch.set_num_threads(num_threads)
         self.config = config
         self.device = torch_device(config.device)
-        self._autoencoder = load_autoencoder(config.autoencoder).requires_grad_(False).eval().to(self.device)
+        self.autoencoder = load_autoencoder(config.autoencoder).requires_grad_(False).eval().to(self.device)
+        self.kind = self.autoencoder.config.latent_kind
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def images(self, rows: Sequence[Row]) -> Image:
@@ -122,12 +123,12 @@ class Encoder:
     def encode(self, images: Image) -> Moments:
         """Return the images' raw moments, float32, on the device."""
         with torch.inference_mode(), self._arithmetic():
-            return self._autoencoder.encode(images.to(self.device)).float()
+            return self.autoencoder.encode(images.to(self.device)).float()
 
     def decode(self, moments: Moments) -> Image:
-        """Return the images of the posteriors' means, on the CPU."""
+        """Return the images of the posteriors' means, or of VQ's latents, on the CPU."""
         with torch.inference_mode(), self._arithmetic():
-            return self._autoencoder.decode(mode(moments.to(self.device))).float().cpu()
+            return self.autoencoder.decode(mode(moments.to(self.device), self.kind)).float().cpu()
 
     def crop_box(self, key: str, height: int, width: int) -> tuple[int, int, int, int]:
         """Return top, left, height and width of the centre crop.
@@ -170,8 +171,8 @@ class EncodeStage:
     def __init__(self, config: LatentsConfig) -> None:
         """Load both networks, and what the autoencoder's evaluation says that a shard must reach."""
         self.config = config
-        self._floor = config.gate.floor(evaluated_psnr(config.autoencoder))
         self._encoder = Encoder(config)
+        self._floor = config.gate.floor(evaluated_psnr(config.autoencoder, self._encoder.autoencoder))
         self._text = TextEncoder(config.text, self._encoder.device)
         # Alone in its batch, so that every shard holds the same bytes for the null condition.
         self._null_embedding = self._text.encode([""])[0]
@@ -186,7 +187,7 @@ class EncodeStage:
         num_rows = len(index.keys)
         if not num_rows or num_rows != task.num_rows:
             raise ValueError(f"{task.source_name} has {num_rows} rows, its manifest says {task.num_rows}")
-        gate = Gate(self.config.gate, self._floor, task)
+        gate = Gate(self.config.gate, self._floor, task, self._encoder.kind)
         with on_this_machine(task.source_name) as path:
             tar = _Tar(path, index)
             facts = [json.loads(tar.member(row, "json")) for row in range(num_rows)]

@@ -7,14 +7,14 @@ from functools import partial
 
 from ldm.autoencoder.model import Autoencoder
 from ldm.conditioning.text import TextEncoderKind, text_encoder_digest
-from ldm.interop.diffusers import load_autoencoder, weights_digest
+from ldm.first_stage import load_autoencoder
+from ldm.interop.diffusers import weights_digest
 from pipeline.encode import Device, EncodeStage, LatentsConfig, torch_device
 from pipeline.moment_statistics import MomentStatistics, merged
 from pipeline.plan import Plan, Resources, ShardTask
 from pipeline.store.manifest import Manifest, ShardRecord, load_manifest, shard_path
 from pipeline.store.schema import JSON, SCHEMA_VERSION, Split
 
-LATENT_KIND = "kl_moments"
 STORED_DTYPE = "float16"
 FORMAT_VERSION = 2
 """Raised whenever a shard of latents or its record changes its form."""
@@ -121,7 +121,7 @@ def _identity(config: LatentsConfig, model: Autoencoder) -> dict[str, JSON]:
         "preprocessing": {"image_size": config.image_size, "crop": "center", "range": [-1, 1]},
         "text_encoder": text_encoder_digest(config.text),
         "max_tokens": config.text.max_tokens,
-        "latent_kind": LATENT_KIND,
+        "latent_kind": model.config.latent_kind.value,
         "dtype": STORED_DTYPE,
         "precision": config.precision.value,
         "flip": config.flip,

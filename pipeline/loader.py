@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float16, Float64, Int64
 
+from ldm.autoencoder.regularizer import LatentKind
 from ldm.conditioning.text_embedding import condition_of, pad_states
 from ldm.config import Config
+from ldm.latents import LatentSpace
 from ldm.randomness import Draw, uniform
 from ldm.types import Condition, LatentBatch
 from pipeline.latent_shard import LATENT_FILES, LatentShard, open_latent_shard
@@ -79,6 +81,19 @@ class LoaderState:
     """All that a loader needs to go on: how many samples of the endless sequence were seen."""
 
     samples_seen: int
+
+
+def latent_space(manifest: Manifest) -> LatentSpace:
+    """Return raw and scaled latents of a finished cache, by its kind and the statistics of all its rows.
+
+    Raises:
+        ValueError: if it holds moments of a kind that this code doesn't know.
+    """
+    kind, known = manifest.identity["latent_kind"], [kind.value for kind in LatentKind]
+    if kind not in known:
+        raise ValueError(f"these latents are of kind {kind!r}, this code knows {', '.join(known)}")
+    mean, std = (tuple(manifest.summary[name]) for name in ("mean", "std"))
+    return LatentSpace(mean=mean, std=std, kind=LatentKind(kind))
 
 
 class LatentLoader:

@@ -13,8 +13,8 @@ from jobs.wiring.recording import open_record
 from ldm import storage
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
 from ldm.config import Config
-from ldm.interop.diffusers import load_autoencoder, save_autoencoder, save_unet, weights_digest
-from ldm.latents import LatentSpace
+from ldm.first_stage import load_autoencoder
+from ldm.interop.diffusers import save_autoencoder, save_unet, weights_digest
 from ldm.samplers.sample import SamplerConfig
 from ldm.text_to_image import (
     AUTOENCODER_FOLDER,
@@ -40,7 +40,7 @@ from ldm.training.world import World
 from ldm.types import Image
 from ldm.unet.model import UNet, UNetConfig
 from pipeline.latent_plan import check_latents
-from pipeline.loader import LatentLoader, LoaderConfig
+from pipeline.loader import LatentLoader, LoaderConfig, latent_space
 from pipeline.order import check_world
 from pipeline.store.manifest import Manifest, load_manifest
 from pipeline.store.schema import Split
@@ -71,7 +71,7 @@ class TrainLdmConfig(Config):
     latents: str
     """Folder or URL of the latent cache."""
     autoencoder: str
-    """Folder or URL of the autoencoder that made it."""
+    """The autoencoder that made it: folder, checkpoint, URL, hub name, or models:/NAME/1 at MLflow."""
     text: TextEncoderConfig
     """The text encoder that made it."""
     unet: UNetConfig
@@ -177,7 +177,7 @@ def train_ldm_worker(
         engine=engine,
         objective=config.objective,
         optim=config.optim,
-        space=_space(manifest),
+        space=latent_space(manifest),
         held_out=held_out,
         world=world,
         micro_batches=config.engine.micro_batches,
@@ -244,12 +244,8 @@ def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
     )
 
 
-def _space(manifest: Manifest) -> LatentSpace:
-    return LatentSpace(mean=tuple(manifest.summary["mean"]), std=tuple(manifest.summary["std"]))
-
-
 def _card(config: TrainLdmConfig, manifest: Manifest, unet_digest: str = "", samples_seen: int = 0) -> ModelCard:
-    space = _space(manifest)
+    space = latent_space(manifest)
     _, height, width = manifest.summary["moment_shape"]
     return ModelCard(
         unet_digest=unet_digest,
@@ -260,6 +256,7 @@ def _card(config: TrainLdmConfig, manifest: Manifest, unet_digest: str = "", sam
         prediction=config.objective.prediction,
         latent_mean=space.mean,
         latent_std=space.std,
+        latent_kind=space.kind,
         latent_size=(height, width),
         sampler=config.preview.sampler,
         guidance=config.preview.guidance,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.blocks import NORM_EPSILON, Downsample, Features, PixelAttention, ResidualBlock, Upsample
 from ldm.autoencoder.quantizer import VectorQuantizer
-from ldm.autoencoder.regularizer import LatentKind, Regularizer, sample
+from ldm.autoencoder.regularizer import LatentKind, Regularizer, mode, sample
 from ldm.config import Config, added_later
 from ldm.types import Image, Latent, Moments
 
@@ -291,6 +291,10 @@ class Autoencoder(nn.Module):
         """Encode, draw from the posterior with the given standard normal noise (vq takes none), decode."""
         moments = self.encode(image)
         return self.decode(sample(moments, noise, self.config.latent_kind)), moments
+
+    def reconstruct(self, image: Image) -> Image:
+        """Return what is left of an image behind encoder and decoder, with no noise between; not clamped."""
+        return self.decode(mode(self.encode(image), self.config.latent_kind))
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -3,7 +3,8 @@
     KL    moments are mean and log-variance of a diagonal Gaussian    z = mean + exp(logvar / 2) noise
     VQ    moments are the latent itself, before it is quantised; quantising belongs to the decoder
 
-Kingma and Welling 2014, appendix B; weighted and summed as in Rombach et al. 2022, appendix G. van den Oord et al. 2017.
+Kingma and Welling 2014, appendix B; weighted and summed as in Rombach et al. 2022, appendix G. Codebooks: van den Oord
+et al. 2017.
 
 Letters: b batch, c latent channel, m moment channel (2c for KL, c for VQ), h latent row, w latent column.
 """

@@ -110,7 +110,10 @@ def config_of_yaml(text: str, origin: str) -> AutoencoderConfig:
     Raises:
         ValueError: if it describes none, or one that ours can't be, naming `origin` and what differs.
     """
-    model = _mapping(_mapping(yaml.safe_load(text)).get("model"))
+    try:
+        model = _mapping(_mapping(yaml.safe_load(text)).get("model"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin}: what lies beside it is no YAML: {error}") from error
     outer = _mapping(model.get("params"))
     if "first_stage_config" in outer:
         model = _mapping(outer["first_stage_config"])

@@ -82,11 +82,21 @@ def load_autoencoder(folder: str) -> Autoencoder:
         FileNotFoundError: if the folder lacks a file.
         ValueError: if it holds another network, or a part of one, naming what differs.
     """
-    facts = _read_facts(folder, AUTOENCODER_CONSTANTS)
+    return load_autoencoder_files(join(folder, CONFIG_NAME), weights_path(folder), origin=folder)
+
+
+def load_autoencoder_files(config_path: str, weights_path: str, *, origin: str) -> Autoencoder:
+    """Return the autoencoder of two files, which need not lie together; errors name it by `origin`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if they hold another network, or a part of one, naming what differs.
+    """
+    facts = _read_facts(config_path, origin, AUTOENCODER_CONSTANTS)
     with torch.device("meta"):
-        model = Autoencoder(_autoencoder_config(facts, folder))
-    weights = {_renamed(name): tensor for name, tensor in load_weights(weights_path(folder)).items()}
-    fill(model, weights, folder)
+        model = Autoencoder(_autoencoder_config(facts, origin))
+    weights = {_renamed(name): tensor for name, tensor in load_weights(weights_path).items()}
+    fill(model, weights, origin)
     return model
 
 
@@ -115,7 +125,7 @@ def load_unet(folder: str) -> UNet:
         FileNotFoundError: if the folder lacks a file.
         ValueError: if it holds another network, or a part of one, naming what differs.
     """
-    facts = _read_facts(folder, {UNET_CLASS: UNET_CONSTANTS})
+    facts = _read_facts(join(folder, CONFIG_NAME), folder, {UNET_CLASS: UNET_CONSTANTS})
     with torch.device("meta"):
         model = UNet(_unet_config(facts, folder))
     fill(model, load_weights(join(folder, WEIGHTS_NAME)), folder)
@@ -263,8 +273,7 @@ def _write_facts(facts: Facts, folder: str) -> None:
     write_text(join(folder, CONFIG_NAME), json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 
-def _read_facts(folder: str, constants_of_class: Mapping[str, Facts]) -> Facts:
-    path = join(folder, CONFIG_NAME)
+def _read_facts(path: str, folder: str, constants_of_class: Mapping[str, Facts]) -> Facts:
     facts = json.loads(read_text(path))
     if not isinstance(facts, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(facts).__name__}")
