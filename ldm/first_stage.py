@@ -138,17 +138,20 @@ def find_autoencoder(where: str) -> Place:
     return _at_the_hub(where)
 
 
-def _place(where: str) -> Place:
+def _place(where: str, named: str = "") -> Place:
+    """Return what lies at a path or URL; errors name it as a person did, where that was otherwise."""
+    named = named or where
     if _is_checkpoint(where):
         if not storage.exists(where):
-            raise FileNotFoundError(f"there is no autoencoder at {where}: no such file")
+            raise FileNotFoundError(f"there is no autoencoder at {named}: no such file")
         return Place(path=where, config=_yaml_beside(where))
     for subfolder in SUBFOLDERS:
         folder = storage.join(where, subfolder) if subfolder else where.rstrip("/")
         if storage.exists(storage.join(folder, diffusers.CONFIG_NAME)):
             return Place(path=folder)
     wanted = ", ".join(f"{subfolder}/config.json".lstrip("/") for subfolder in SUBFOLDERS)
-    raise FileNotFoundError(f"there is no autoencoder at {where}: expected one of {wanted} in it, {_there(where)}")
+    there = _there(where) if named == where else "and that repository has none; a checkpoint is named by its file"
+    raise FileNotFoundError(f"there is no autoencoder at {named}: expected one of {wanted} in it, {there}")
 
 
 def _there(folder: str) -> str:
@@ -197,7 +200,7 @@ def _at_the_hub(where: str) -> Place:
         folder = _snapshot(where, name, revision, _in_each(folders, [*small, diffusers.WEIGHTS_NAME]))
         if not any((folder / sub / diffusers.WEIGHTS_NAME).exists() for sub in folders):
             folder = _snapshot(where, name, revision, _in_each(folders, [*small, diffusers.PICKLE_NAME]))
-    return _place(str(folder / inside))
+    return _place(str(folder / inside), where)
 
 
 def _in_each(folders: Sequence[str], names: Sequence[str]) -> list[str]:
