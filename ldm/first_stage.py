@@ -156,7 +156,7 @@ def _place(where: str, named: str = "") -> Place:
 
 def _there(folder: str) -> str:
     """Say what a folder holds, to whom looked for something else there."""
-    if folder.startswith(("http://", "https://")):
+    if folder.startswith(storage.WEB):
         return "and this server has none of them, or did not answer"
     names = storage.list_names(folder)
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""

@@ -30,6 +30,7 @@ UNCACHED = {"use_listings_cache": False}
 PATIENT = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 10}}}
 STATE_FACTS = ("size", "ETag", "LastModified", "Last-Modified", "mtime", "created")
 """What file systems say of a file that changes with its content; each says some of it."""
+WEB = ("http://", "https://")
 OBJECT_STORES = ("s3://", "s3a://")
 
 
@@ -41,7 +42,12 @@ def join(root: str, *parts: str) -> str:
 def exists(path: str) -> bool:
     """Say whether a file or folder is there."""
     system, inner = located(path)
-    return bool(system.exists(inner))
+    if not path.startswith(WEB):
+        return bool(system.exists(inner))
+    try:  # fsspec's own `exists` asks a web server for the whole file, and hangs up when that begins to come
+        return bool(system.info(inner))
+    except FileNotFoundError:
+        return False
 
 
 def is_local(path: str) -> bool:
