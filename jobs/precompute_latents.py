@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import PRECOMPUTE_LATENTS
 from jobs.session import prepare, ray_session
+from jobs.wiring.first_stage import settled
 from jobs.wiring.precompute_latents import outlook, publish, verified
 from pipeline.latent_plan import plan_latents
 from pipeline.plan import missing
@@ -22,11 +23,12 @@ def main() -> None:
     """Make the shards that are missing."""
     prepare()
     asked = from_command_line("precompute_latents", PRECOMPUTE_LATENTS)
-    if asked.config.verify:
-        sys.exit(verified(asked.config))
-    plan = plan_latents(asked.config)
+    config = settled(asked.config)
+    if config.verify:
+        sys.exit(verified(config))
+    plan = plan_latents(config)
     if asked.dry_run:
-        print(outlook(asked.config, plan))
+        print(outlook(config, plan))
         return
     with ray_session() if missing(plan) else nullcontext():
         report = run(plan)
@@ -34,7 +36,7 @@ def main() -> None:
         f"latents   {report.num_rows:,} rows in {report.num_shards} new shards, "
         f"{report.num_skipped} shards already there: {plan.root}"
     )
-    print(f"report    {publish(asked.config, report)}")
+    print(f"report    {publish(config, report)}")
 
 
 if __name__ == "__main__":

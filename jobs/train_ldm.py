@@ -11,6 +11,7 @@ import torch
 from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import TRAIN_LDM
 from jobs.session import is_main_process, prepare
+from jobs.wiring.first_stage import settled
 from jobs.wiring.registering import register_model
 from jobs.wiring.train_ldm import check_inputs, checkpoint_store, describe, is_done, num_parameters, train_ldm_worker
 from jobs.wiring.training import run_training
@@ -21,7 +22,7 @@ from ldm.training.world import World
 def main() -> None:
     """Train to the end, from where an earlier call stopped, and register the model."""
     prepare()
-    config, dry_run = (asked := from_command_line("train_ldm", TRAIN_LDM)).config, asked.dry_run
+    config, dry_run = settled((asked := from_command_line("train_ldm", TRAIN_LDM)).config), asked.dry_run
     manifest = check_inputs(config)
     checkpoint_store(config, manifest, World(rank=0, size=1, device=torch.device("cpu"))).check_identity()
     if dry_run:

@@ -5,7 +5,7 @@
 Caches hold raw moments, so the statistics may change without encoding again (Rombach et al. 2022, appendix G, divide by
 one standard deviation; a mean and a deviation for each channel is the same idea with fewer assumptions).
 
-Letters: b batch, c latent channel, m moment channel (2c), h latent row, w latent column.
+Letters: b batch, c latent channel, m moment channel (2c for KL, c for VQ), h latent row, w latent column.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoder import regularizer
+from ldm.autoencoder.regularizer import LatentKind
 from ldm.types import Latent, Moments
 
 
@@ -29,10 +30,12 @@ class LatentSpace:
     Attributes:
         mean: mean of the raw latents, a number for each channel.
         std: standard deviation of the raw latents, a positive number for each channel.
+        kind: what a cache's moments are: a posterior's, or for VQ the raw latents themselves.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    kind: LatentKind = LatentKind.KL_MOMENTS
 
     def __post_init__(self) -> None:
         if not self.mean or len(self.mean) != len(self.std):
@@ -49,33 +52,36 @@ class LatentSpace:
         """The number of latent channels."""
         return len(self.mean)
 
-    def scaled(self, moments: Moments, noise: Latent) -> Latent:
-        """Return a sample of the posterior, scaled; `noise` is standard normal, shape (b, c, h, w)."""
-        return self._scale(regularizer.sample(moments, noise))
+    def scaled(self, moments: Moments, noise: Latent | None) -> Latent:
+        """Return a sample of the posterior, scaled; `noise` is standard normal, shape (b, c, h, w), and None for VQ."""
+        return self._scale(regularizer.sample(moments, noise, self.kind))
 
     def scaled_mode(self, moments: Moments) -> Latent:
-        """Return the posterior's mode, scaled."""
-        return self._scale(regularizer.mode(moments))
+        """Return the posterior's mode, scaled; for VQ the latent."""
+        return self._scale(regularizer.mode(moments, self.kind))
 
     def unscaled(self, latent: Latent) -> Latent:
         """Return the raw latent that an autoencoder decodes."""
         mean, std = self._statistics(latent)
         return latent * std + mean
 
-    def to_dict(self) -> dict[str, list[float]]:
-        """Return plain lists for a manifest."""
-        return {"mean": list(self.mean), "std": list(self.std)}
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for a manifest; the kind is said only where it is not KL's."""
+        kind = {} if self.kind is LatentKind.KL_MOMENTS else {"kind": self.kind.value}
+        return {"mean": list(self.mean), "std": list(self.std), **kind}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         """Return the space that `to_dict` wrote.
 
         Raises:
-            ValueError: if `mean` or `std` is missing or is not a list of numbers, or another entry is there.
+            ValueError: if `mean` or `std` is missing or is not a list of numbers, the kind is unknown, or another
+                entry is there.
         """
-        if set(plain) != {"mean", "std"}:
-            raise ValueError(f"a latent space holds exactly 'mean' and 'std', got {sorted(plain)}")
-        return cls(mean=_numbers("mean", plain["mean"]), std=_numbers("std", plain["std"]))
+        if set(plain) - {"kind"} != {"mean", "std"}:
+            raise ValueError(f"a latent space holds exactly 'mean' and 'std', and its kind, got {sorted(plain)}")
+        kind = LatentKind(plain.get("kind", LatentKind.KL_MOMENTS))
+        return cls(mean=_numbers("mean", plain["mean"]), std=_numbers("std", plain["std"]), kind=kind)
 
     def _scale(self, raw: Latent) -> Latent:
         mean, std = self._statistics(raw)

@@ -25,11 +25,21 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+from ldm import storage
 from ldm.samplers.sample import SamplerConfig
-from ldm.text_to_image import ModelCard, TextToImage, find_model, load_card, load_text_to_image, model_digest
+from ldm.text_to_image import (
+    AUTOENCODER_FOLDER,
+    ModelCard,
+    TextToImage,
+    find_model,
+    load_card,
+    load_text_to_image,
+    model_digest,
+)
 
 POINTER = "pointer"
 CHAMPION = "champion"
+_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 REQUIREMENTS = ["torch", "transformers", "safetensors", "jaxtyping", "fsspec", "pyyaml", "pandas"]
 
 
@@ -50,6 +60,19 @@ class RegisteredModel:
     name: str
     version: str
     uri: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PointedAutoencoder:
+    """Where the autoencoder of a registered model lies.
+
+    Attributes:
+        folder: its address, in the layout of diffusers.
+        digest: of its weights and configuration, as the model's description names it.
+    """
+
+    folder: str
+    digest: str
 
 
 class RegisteredTextToImage(PythonModel):
@@ -150,6 +173,35 @@ def _register(uri: str, run_id: str, name: str, folder: str, tags: Mapping[str, 
     for key, value in {**card.lineage, **tags, "model_digest": model_digest(card), "model_uri": folder}.items():
         client.set_model_version_tag(name, version, key, value)
     return RegisteredModel(name=name, version=version, uri=f"models:/{name}/{version}")
+
+
+def pointed_autoencoder(where: str, uri: str = "") -> PointedAutoencoder:
+    """Return the autoencoder of a version or run that this project registered, by its pointer; runs no code of it.
+
+    Args:
+        where: `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `runs:/RUN_ID/text_to_image`.
+        uri: MLflow tracking URI; empty is what `MLFLOW_TRACKING_URI` says, or MLflow's own default.
+
+    Raises:
+        ValueError: if there is no such version or run, it has no pointer, or another model lies where that points.
+        RegistryError: if the registry can't be reached.
+    """
+    if uri:
+        mlflow.set_tracking_uri(uri)
+    try:
+        with _quiet():
+            pointer = mlflow.artifacts.load_dict(f"{where.rstrip('/')}/artifacts/{POINTER}.json")
+    except (MlflowException, OSError) as error:
+        if isinstance(error, MlflowException) and error.error_code not in _NOT_THERE:
+            raise RegistryError(str(error).splitlines()[0][:300]) from error
+        raise ValueError(
+            f"{where} names no model that this project registered: expected artifacts/{POINTER}.json in it at "
+            f"{mlflow.get_tracking_uri()}, got: {str(error).splitlines()[0][:300]}"
+        ) from error
+    folder = find_model(pointer["uri"], pointer["digest"])
+    return PointedAutoencoder(
+        folder=storage.join(folder, AUTOENCODER_FOLDER), digest=load_card(folder).autoencoder_digest
+    )
 
 
 def record_evaluation(

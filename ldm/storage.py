@@ -6,6 +6,7 @@ when it is complete, which is the same promise.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -26,6 +28,9 @@ CHUNK_BYTES = 1 << 20
 UNCACHED = {"use_listings_cache": False}
 # A store under load answers 503 and drops connections: botocore then waits a little longer each time, at random.
 PATIENT = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 10}}}
+STATE_FACTS = ("size", "ETag", "LastModified", "Last-Modified", "mtime", "created")
+"""What file systems say of a file that changes with its content; each says some of it."""
+WEB = ("http://", "https://")
 OBJECT_STORES = ("s3://", "s3a://")
 
 
@@ -37,7 +42,12 @@ def join(root: str, *parts: str) -> str:
 def exists(path: str) -> bool:
     """Say whether a file or folder is there."""
     system, inner = located(path)
-    return bool(system.exists(inner))
+    if not path.startswith(WEB):
+        return bool(system.exists(inner))
+    try:  # fsspec's own `exists` asks a web server for the whole file, and hangs up when that begins to come
+        return bool(system.info(inner))
+    except FileNotFoundError:
+        return False
 
 
 def is_local(path: str) -> bool:
@@ -168,6 +178,28 @@ def copy_file(source: str, target: str) -> None:
     """Publish a copy of a file, atomically, streamed in chunks."""
     with _opened(source) as reader, open_atomic(target) as writer:
         shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+
+
+def local_copy(url: str, folder: str) -> str:
+    """Return a local path of a file: itself, or a copy below `folder` that is made once for each state of the file.
+
+    Processes of one machine wait for each other, so that only the first one copies. Nothing deletes old copies.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    system, inner = located(url)
+    if isinstance(system, LocalFileSystem):
+        return inner
+    facts = system.info(inner)
+    state = [url, *(str(facts.get(name)) for name in STATE_FACTS)]
+    copy = Path(folder, hashlib.sha256("\n".join(state).encode()).hexdigest()[:32], Path(urlsplit(inner).path).name)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with copy.with_name(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not copy.exists():
+            copy_file(url, str(copy))
+    return str(copy)
 
 
 def list_files(folder: str) -> list[str]:

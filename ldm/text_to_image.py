@@ -19,9 +19,10 @@ from jaxtyping import UInt8
 
 from ldm import storage
 from ldm.autoencoder.model import Autoencoder
+from ldm.autoencoder.regularizer import LatentKind
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
 from ldm.conditioning.text_embedding import condition_of
-from ldm.config import Config, digest_of
+from ldm.config import Config, added_later, digest_of
 from ldm.diffusion.process import Prediction
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.interop.diffusers import load_autoencoder, load_unet, weights_digest
@@ -71,11 +72,13 @@ class ModelCard(Config):
     """Guidance scale if nothing else is said."""
     lineage: dict[str, str]
     """Digests and addresses of what it was made of: dataset, latents, configuration, code."""
+    latent_kind: LatentKind = added_later(LatentKind.KL_MOMENTS)
+    """What the moments are that it was trained on."""
 
     @property
     def space(self) -> LatentSpace:
         """Raw and scaled latents."""
-        return LatentSpace(mean=self.latent_mean, std=self.latent_std)
+        return LatentSpace(mean=self.latent_mean, std=self.latent_std, kind=self.latent_kind)
 
 
 class TextToImage:

@@ -1,7 +1,7 @@
 """The types that cross the floors: what a batch of latents is and what the shape letters mean.
 
-Letters: b batch, c latent channel, m moment channel (2c for KL: mean then log-variance), h latent row,
-w latent column, y pixel row, x pixel column, l token, d embedding width, p width of the pooled text.
+Letters: b batch, c latent channel, m moment channel (2c for KL: mean then log-variance; c for VQ),
+h latent row, w latent column, y pixel row, x pixel column, l token, d embedding width, p width of the pooled text.
 """
 
 from __future__ import annotations

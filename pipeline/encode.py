@@ -71,8 +71,8 @@ class EncodeStage:
         """Load both networks, and what the autoencoder's evaluation says that a shard must reach."""
         self.config = config
         self._picture = picture_config(config.dataset)
-        self._floor = config.gate.floor(evaluated_psnr(config.autoencoder))
         self._encoder = Encoder(config)
+        self._floor = config.gate.floor(evaluated_psnr(config.autoencoder, self._encoder.autoencoder))
         self._text = TextEncoder(config.text, self._encoder.device)
         # Alone in its batch, so that every shard holds the same bytes for the null condition.
         self._null_embedding = self._text.encode([""])[0]
@@ -96,7 +96,8 @@ class EncodeStage:
             source = _Source(path, index, facts, captions, choices)
             parts = parts_of([(int(fact["width"]), int(fact["height"])) for fact in facts], self.config)
             plain = [moments_name(crop) for crop in range(self.config.crop.count)]
-            gate = Gate(self.config.gate, self._floor, task, [len(part.rows) for part in parts], plain)
+            sizes = [len(part.rows) for part in parts]
+            gate = Gate(self.config.gate, self._floor, task, sizes, plain, self._encoder.kind)
             text = self._text_bytes(distinct, choices)
             files = self._write_parts(task, source, parts, gate)
         files[TEXT_SUFFIX] = self._write(task, TEXT_SUFFIX, text)

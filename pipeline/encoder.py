@@ -21,7 +21,7 @@ from PIL import Image as PillowImage
 
 from ldm.autoencoder.regularizer import mode
 from ldm.conditioning.masks import random_mask
-from ldm.interop.diffusers import load_autoencoder
+from ldm.first_stage import load_autoencoder
 from ldm.types import Image, Moments
 from pipeline.crops import Part, crop_boxes, cut
 from pipeline.images import Pixels, decode_pixels, image_of_pixels, image_suffix
@@ -64,13 +64,14 @@ class Encoder:
         torch.set_num_threads(num_threads)
         self.config = config
         self.device = torch_device(config.device)
-        self._autoencoder = load_autoencoder(config.autoencoder).requires_grad_(False).eval().to(self.device)
+        self.autoencoder = load_autoencoder(config.autoencoder).requires_grad_(False).eval().to(self.device)
+        self.kind = self.autoencoder.config.latent_kind
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     @property
     def factor(self) -> int:
         """Pixels of a latent's side."""
-        return self._autoencoder.config.factor
+        return self.autoencoder.config.factor
 
     def prepare(self, rows: Sequence[Row], part: Part) -> Prepared:
         """Return the rows' crops and what is stored beside them, made on the worker's threads."""
@@ -103,12 +104,12 @@ class Encoder:
     def encode(self, images: Image) -> Moments:
         """Return the images' raw moments, float32, on the device."""
         with torch.inference_mode(), self._arithmetic():
-            return self._autoencoder.encode(images.to(self.device)).float()
+            return self.autoencoder.encode(images.to(self.device)).float()
 
     def decode(self, moments: Moments) -> Image:
-        """Return the images of the posteriors' means, on the CPU."""
+        """Return the images of the posteriors' means, or of VQ's latents, on the CPU."""
         with torch.inference_mode(), self._arithmetic():
-            return self._autoencoder.decode(mode(moments.to(self.device))).float().cpu()
+            return self.autoencoder.decode(mode(moments.to(self.device), self.kind)).float().cpu()
 
     def _row_pixels(self, row: Row, part: Part) -> _RowPixels:
         columns = self.config.columns

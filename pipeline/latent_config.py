@@ -111,7 +111,7 @@ class LatentsConfig(Config):
     dataset: str
     """Folder or URL of the finished dataset."""
     autoencoder: str
-    """Folder or URL of the autoencoder, in the layout of diffusers."""
+    """The autoencoder: folder, checkpoint, URL, hub name, or models:/NAME/1 at MLflow."""
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """Which text encoder embeds the captions."""
     text_storage: TextStorage = TextStorage.EMBEDDED

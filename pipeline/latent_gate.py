@@ -6,7 +6,6 @@ evenly over the shard keep their crops → at the end those are decoded from wha
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,16 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float16, UInt8
 
-from ldm import storage
+from ldm.autoencoder.model import Autoencoder
+from ldm.autoencoder.regularizer import LatentKind
 from ldm.config import Config
 from ldm.evaluation.scores import psnr
+from ldm.first_stage import evaluation_of
+from ldm.interop.diffusers import weights_digest
 from ldm.types import Image, Moments
 from pipeline.moment_statistics import MomentStatistics, StatisticsBuilder, merged
 from pipeline.plan import ShardTask
 
-EVALUATION_FILE = "evaluation.json"
-"""Beside an autoencoder's weights: what its training measured on held-out rows at the end."""
 LARGEST_STORED = float(np.finfo(np.float16).max)
 MAX_LISTED = 5
 _LARGEST_PSNR = 200.0
@@ -103,12 +103,26 @@ def stored_form(moments: Moments) -> tuple[Moments16, Counter[str], Bool[np.ndar
     return stored, faults, is_bad.cpu().numpy()
 
 
-def evaluated_psnr(autoencoder: str) -> float | None:
-    """Return the mean PSNR that an autoencoder's training measured at its end; None where nothing says so."""
-    path = storage.join(autoencoder, EVALUATION_FILE)
-    if not storage.exists(path):
-        return None
-    figure = json.loads(storage.read_text(path)).get("validation_psnr_db")
+def evaluated_psnr(where: str, autoencoder: Autoencoder) -> float | None:
+    """Return the mean PSNR that an autoencoder's training measured at its end; None where nothing says so.
+
+    Args:
+        where: address of the autoencoder, beside whose weights its evaluation lies.
+        autoencoder: what was loaded from there.
+
+    Raises:
+        ValueError: if the evaluation is that of other weights, showing both digests; old ones don't say whose.
+    """
+    evaluation = evaluation_of(where) or {}
+    judged = evaluation.get("digest")
+    if judged is not None:
+        found = weights_digest(autoencoder.state_dict(), autoencoder.config)
+        if judged != found:
+            raise ValueError(
+                f"{where}: its evaluation.json is of weights {judged}, what lies there has {found}; evaluate these, or "
+                "delete the file, and gate.unproven_psnr or gate.min_psnr counts"
+            )
+    figure = evaluation.get("validation_psnr_db")
     return None if figure is None else float(figure)
 
 
@@ -130,7 +144,13 @@ class Gate:
     """
 
     def __init__(
-        self, config: GateConfig, floor: float, task: ShardTask, part_sizes: Sequence[int], plain: Sequence[str]
+        self,
+        config: GateConfig,
+        floor: float,
+        task: ShardTask,
+        part_sizes: Sequence[int],
+        plain: Sequence[str],
+        kind: LatentKind = LatentKind.KL_MOMENTS,
     ) -> None:
         """Choose the rows to decode.
 
@@ -140,6 +160,7 @@ class Gate:
             task: the shard.
             part_sizes: rows of each of its parts.
             plain: members whose moments the statistics are of; the first one is decoded.
+            kind: what the moments are.
         """
         self.config = config
         self.floor = floor
@@ -154,7 +175,7 @@ class Gate:
         self.statistics: list[MomentStatistics] = []
         self.moment_shapes: list[tuple[int, ...]] = [()] * len(part_sizes)
         self._plain = tuple(plain)
-        self._statistics = [StatisticsBuilder() for _ in part_sizes]
+        self._statistics = [StatisticsBuilder(kind) for _ in part_sizes]
         self._faults = Counter[str]()
         self._bad: list[str] = []
         self._pieces: list[tuple[Image, Moments16]] = []

@@ -8,7 +8,8 @@ import torch
 
 from ldm.autoencoder.model import Autoencoder
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, TextEncoderKind, text_encoder_digest
-from ldm.interop.diffusers import load_autoencoder, weights_digest
+from ldm.first_stage import load_autoencoder
+from ldm.interop.diffusers import weights_digest
 from pipeline.encode import EncodeStage, picture_config
 from pipeline.encoder import torch_device
 from pipeline.ingest.geometry import landscape_buckets
@@ -20,7 +21,6 @@ from pipeline.plan import Plan, Resources, ShardTask
 from pipeline.store.manifest import Manifest, load_manifest, shard_path
 from pipeline.store.schema import JSON, SCHEMA_VERSION
 
-LATENT_KIND = "kl_moments"
 STORED_DTYPE = "float16"
 FORMAT_VERSION = 3
 """Raised whenever a shard of latents or its record changes its form."""
@@ -141,7 +141,7 @@ def _identity(config: LatentsConfig, model: Autoencoder) -> dict[str, JSON]:
         },
         "text_encoder": text_encoder_digest(config.text),
         "max_tokens": config.text.max_tokens,
-        "latent_kind": LATENT_KIND,
+        "latent_kind": model.config.latent_kind.value,
         "dtype": STORED_DTYPE,
         "precision": config.precision.value,
         "flip": config.flip,

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ldm.autoencoder.regularizer import LatentKind
+from ldm.latents import LatentSpace
 from pipeline.moment_statistics import MomentStatistics, merged
 from pipeline.store.manifest import Manifest, ShardRecord
 from pipeline.store.schema import JSON, Split
@@ -95,6 +97,19 @@ def latent_size(manifest: Manifest, image_size: int = 0) -> tuple[int, int]:
     shape = next(shape for shape in manifest.summary["shapes"] if shape["image_size"] == size)
     side = size * int(shape["moment_shape"][1]) // int(shape["size"][1])
     return side, side
+
+
+def latent_space(manifest: Manifest) -> LatentSpace:
+    """Return raw and scaled latents of a finished cache, by its kind and the statistics of all its rows.
+
+    Raises:
+        ValueError: if it holds moments of a kind that this code doesn't know.
+    """
+    kind, known = manifest.identity["latent_kind"], [kind.value for kind in LatentKind]
+    if kind not in known:
+        raise ValueError(f"these latents are of kind {kind!r}, this code knows {', '.join(known)}")
+    mean, std = (tuple(manifest.summary[name]) for name in ("mean", "std"))
+    return LatentSpace(mean=mean, std=std, kind=LatentKind(kind))
 
 
 def _shapes(parts: Sequence[tuple[ShardRecord, Mapping[str, Any]]]) -> list[dict[str, JSON]]:

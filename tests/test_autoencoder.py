@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import FunctionType
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ import torch.nn.functional as F
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as kl_of_distributions
 
+from ldm.autoencoder import zoo
 from ldm.autoencoder.blocks import DoublingConv
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
-from ldm.autoencoder.regularizer import kl_divergence, mode, sample
-from ldm.autoencoder.zoo import emoji_f4, kl_f4, kl_f8
+from ldm.autoencoder.regularizer import Regularizer, kl_divergence, mode, sample
 
 SMALL = AutoencoderConfig(latent_channels=3, base_channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, norm_groups=4)
 
@@ -23,24 +24,100 @@ def made(config: AutoencoderConfig = SMALL) -> Autoencoder:
     return Autoencoder(config)
 
 
-@pytest.mark.parametrize("named, num_parameters", [(kl_f4, 55_312_063), (kl_f8, 83_653_863), (emoji_f4, 681_911)])
-def test_named_autoencoder_has_the_exact_parameter_count(named, num_parameters):
+ZOO = [
+    ("kl_f2", None, (2, 128, 128)),
+    ("kl_f4", 55_312_063, (3, 64, 64)),
+    ("kl_f8", 83_653_863, (4, 32, 32)),
+    ("kl_f16", 69_610_963, (16, 16, 16)),
+    ("kl_f32", 103_880_131, (64, 8, 8)),
+    ("vq_f2", None, (2, 128, 128)),
+    ("vq_f2_n64", None, (2, 128, 128)),
+    ("vq_f4", 55_322_782, (3, 64, 64)),
+    ("vq_f4_noattn", 53_219_486, (3, 64, 64)),
+    ("vq_f8", 67_717_295, (4, 32, 32)),
+    ("vq_f8_n256", 67_652_783, (4, 32, 32)),
+    ("vq_f16", 69_593_371, (8, 16, 16)),
+    ("emoji_f4", 681_911, (4, 64, 64)),
+]
+"""Name, published number of parameters (none was published for factor 2), and latent of a 256-pixel image."""
+
+
+def counted_parameters(config: AutoencoderConfig) -> int:
+    """Count from the paper's description, one layer after the other."""
+
+    def conv(inside: int, outside: int, side: int = 3) -> int:
+        return inside * outside * side**2 + outside
+
+    def norm(width: int) -> int:
+        return 2 * width
+
+    def block(inside: int, outside: int) -> int:
+        shortcut = conv(inside, outside, 1) if inside != outside else 0
+        return norm(inside) + conv(inside, outside) + norm(outside) + conv(outside, outside) + shortcut
+
+    def attention(width: int) -> int:
+        return norm(width) + 4 * conv(width, width, 1)
+
+    def level(inside: int, outside: int, blocks: int, factor: int) -> int:
+        attentions = blocks * attention(outside) if factor in config.attention_factors else 0
+        return block(inside, outside) + (blocks - 1) * block(outside, outside) + attentions
+
+    widths, z = [config.base_channels * mult for mult in config.channel_mult], config.latent_channels
+    coarsest, num_codes = widths[-1], config.num_codes
+    middle = 2 * block(coarsest, coarsest) + (attention(coarsest) if config.mid_attention else 0)
+    moments = z if num_codes else 2 * z
+    encoder = conv(3, widths[0]) + middle + norm(coarsest) + conv(coarsest, moments)
+    decoder = conv(z, coarsest) + middle + norm(widths[0]) + conv(widths[0], 3)
+    for number, width in enumerate(widths):
+        finer, coarser = widths[max(number - 1, 0)], widths[min(number + 1, len(widths) - 1)]
+        encoder += level(finer, width, config.num_res_blocks, 2**number)
+        decoder += level(coarser, width, config.num_res_blocks + 1, 2**number)
+        encoder += conv(width, width) if number < len(widths) - 1 else 0
+        decoder += conv(width, width) if number else 0
+    return encoder + decoder + conv(moments, moments, 1) + conv(z, z, 1) + num_codes * z
+
+
+@pytest.mark.parametrize("name, num_parameters, latent", ZOO)
+def test_named_autoencoder_has_the_exact_parameter_count(name, num_parameters, latent):
+    config = getattr(zoo, name)()
     with torch.device("meta"):
-        model = Autoencoder(named())
-    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+        model = Autoencoder(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == counted_parameters(config)
+    assert num_parameters in (None, count)
+    assert f"{count:,}" in getattr(zoo, name).__doc__
+
+
+@pytest.mark.parametrize("name, num_parameters, latent", ZOO)
+def test_named_autoencoder_gives_latents_of_the_published_shape(name, num_parameters, latent):
+    config = getattr(zoo, name)()
+    with torch.device("meta"):
+        model = Autoencoder(config)
+        moments = model.encode(torch.empty(2, 3, 256, 256))
+        found = mode(moments, config.latent_kind)
+        assert found.shape == (2, *latent)
+        assert model.decode(found).shape == (2, 3, 256, 256)
+    assert 256 // config.factor == latent[1]
+
+
+def test_zoo_names_every_public_function_here():
+    named = {
+        name for name, kind in vars(zoo).items() if isinstance(kind, FunctionType) and kind.__module__ == zoo.__name__
+    }
+    assert named == {name for name, _, _ in ZOO}
 
 
 @pytest.mark.parametrize(
-    "named, side, latent", [(kl_f4, 256, (3, 64, 64)), (kl_f8, 256, (4, 32, 32)), (emoji_f4, 64, (4, 16, 16))]
+    "name, digest",
+    [
+        ("kl_f4", "a4431a701e"),
+        ("kl_f8", "8b7d9792d4"),
+        ("emoji_f4", "0e8dc54fbc"),
+    ],
 )
-def test_named_autoencoder_gives_latents_of_the_published_shape(named, side, latent):
-    config = named()
-    with torch.device("meta"):
-        model = Autoencoder(config)
-        moments = model.encode(torch.empty(2, 3, side, side))
-        assert mode(moments).shape == (2, *latent)
-        assert model.decode(mode(moments)).shape == (2, 3, side, side)
-    assert side // config.factor == latent[1]
+def test_digest_of_kl_configs_is_that_of_before_there_was_vq(name, digest):
+    assert getattr(zoo, name)().digest().startswith(digest)
+    assert "regularizer" not in getattr(zoo, name)().to_dict()
 
 
 @pytest.mark.parametrize("sides", [(16, 16), (8, 24), (20, 4)])
@@ -154,6 +231,12 @@ def test_sample_and_kl_clamp_the_log_variance(log_variance, clamped):
         ({"channel_mult": (2, 4)}, "channel_mult must start with 1"),
         ({"channel_mult": ()}, "channel_mult must start with 1"),
         ({"latent_channels": 0}, "latent_channels must be at least 1, got 0"),
+        ({"attention_factors": (2, 8)}, r"attention_factors must be among the levels' \(1, 2, 4\), got \[8\]"),
+        ({"attention_factors": (4, 2)}, r"attention_factors must ascend, got \(4, 2\)"),
+        ({"num_codes": 8}, "belong to vq, got 8 and None for kl"),
+        ({"z_channels": 8}, "belong to vq, got 0 and 8 for kl"),
+        ({"regularizer": Regularizer.VQ}, "num_codes must be at least 1 for vq, got 0"),
+        ({"regularizer": Regularizer.VQ, "num_codes": 8, "z_channels": 3}, "left out where it is latent_channels"),
     ],
 )
 def test_impossible_config_is_refused_with_its_numbers(wrong, message):

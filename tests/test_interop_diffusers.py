@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
+from ldm.autoencoder.regularizer import Regularizer
 from ldm.interop.diffusers import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -25,9 +26,25 @@ from ldm.types import Condition
 from ldm.unet.model import UNet, UNetConfig
 
 AUTOENCODERS = [
+    AutoencoderConfig(
+        latent_channels=2, base_channels=8, channel_mult=(1, 1, 2), norm_groups=4, attention_factors=(2, 4)
+    ),
     AutoencoderConfig(latent_channels=4, base_channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, norm_groups=4),
     AutoencoderConfig(
         latent_channels=3, base_channels=16, channel_mult=(1, 3), num_res_blocks=2, norm_groups=8, mid_attention=False
+    ),
+]
+_SHAPE = {"base_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
+VQ_AUTOENCODERS = [
+    AutoencoderConfig(latent_channels=3, regularizer=Regularizer.VQ, num_codes=32, **_SHAPE),
+    AutoencoderConfig(
+        latent_channels=2,
+        regularizer=Regularizer.VQ,
+        num_codes=16,
+        z_channels=5,
+        attention_factors=(2,),
+        mid_attention=False,
+        **_SHAPE,
     ),
 ]
 COMMON = {"in_channels": 4, "out_channels": 4, "base_channels": 16, "context_width": 12, "norm_groups": 8}
@@ -94,6 +111,68 @@ def test_exported_autoencoder_is_the_same_in_diffusers(config, tmp_path):
     assert_equal_autoencoders(ours, oracle_of(diffusers.AutoencoderKL, tmp_path))
 
 
+def with_used_codes(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a drawn VQ model of either house, its codes taken from latents, so that many of them are nearest."""
+    torch.manual_seed(2)
+    book = drawn(model).quantize.embedding.weight
+    with torch.no_grad():
+        features = model.quant_conv(model.encoder(torch.randn(1, 3, 16, 32)))
+        positions = features.movedim(1, -1).flatten(0, 2)
+        book.copy_(positions[torch.randperm(len(positions))[: len(book)]])
+    return model
+
+
+def assert_equal_quantizing_autoencoders(ours: Autoencoder, theirs: torch.nn.Module) -> None:
+    torch.manual_seed(1)
+    image = torch.randn(2, 3, 16, 32)
+    with torch.no_grad():
+        latent = theirs.encode(image).latents
+        torch.testing.assert_close(ours.encode(image), latent, atol=1e-5, rtol=1e-5)
+        expected, plain = theirs.decode(latent).sample, theirs.decode(latent, force_not_quantize=True).sample
+        assert (expected - plain).abs().max() > 1e-3
+        torch.testing.assert_close(ours.decode(latent), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.decode(latent, is_quantized=True), plain, atol=1e-5, rtol=1e-5)
+        codes = theirs.quantize(latent)[2][2].reshape(2, *latent.shape[-2:])
+        assert torch.equal(ours.quantize(latent).codes, codes)
+        assert len(codes.unique()) > 8
+
+
+@pytest.mark.parametrize("config", VQ_AUTOENCODERS)
+def test_exported_vq_autoencoder_is_the_same_in_diffusers(config, tmp_path):
+    ours = with_used_codes(Autoencoder(config))
+    save_autoencoder(ours, str(tmp_path))
+    assert_equal_quantizing_autoencoders(ours, oracle_of(diffusers.VQModel, tmp_path))
+
+
+@pytest.mark.parametrize("code_channels", [None, 2])
+def test_vq_autoencoder_that_diffusers_saved_loads_and_agrees(code_channels, tmp_path):
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    theirs = diffusers.VQModel(
+        block_out_channels=(8, 16), norm_num_groups=4, num_vq_embeddings=24, vq_embed_dim=code_channels, **levels
+    )
+    with_used_codes(theirs).save_pretrained(tmp_path)
+    ours = load_autoencoder(str(tmp_path))
+    assert (ours.config.latent_channels, ours.config.num_codes) == (code_channels or 3, 24)
+    assert_equal_quantizing_autoencoders(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"_class_name": "VQDecoder"}, "_class_name must be 'AutoencoderKL' or 'VQModel', got 'VQDecoder'"),
+        ({"lookup_from_codebook": True}, "lookup_from_codebook must be False, got True"),
+        ({"norm_type": "spatial"}, "norm_type must be 'group', got 'spatial'"),
+        ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "up_block_types must be"),
+        ({"num_vq_embeddings": 99}, r"misshapen: quantize.embedding.weight \(32, 3\), expected \(99, 3\)"),
+    ],
+)
+def test_foreign_vq_autoencoder_is_refused_by_its_config(changes, message, tmp_path):
+    save_autoencoder(Autoencoder(VQ_AUTOENCODERS[0]), str(tmp_path))
+    edited(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_autoencoder(str(tmp_path))
+
+
 @pytest.mark.parametrize("config", UNETS)
 def test_exported_unet_is_the_same_in_diffusers(config, tmp_path):
     ours = drawn(UNet(config))
@@ -141,7 +220,7 @@ def test_autoencoder_with_attention_names_of_old_files_loads_and_agrees(tmp_path
     assert_equal_autoencoders(load_autoencoder(str(tmp_path)), oracle_of(diffusers.AutoencoderKL, tmp_path))
 
 
-@pytest.mark.parametrize("config", AUTOENCODERS)
+@pytest.mark.parametrize("config", AUTOENCODERS + VQ_AUTOENCODERS)
 def test_autoencoder_round_trip_is_exact(config, tmp_path):
     model = drawn(Autoencoder(config))
     save_autoencoder(model, str(tmp_path))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldm.autoencoder import regularizer
+from ldm.autoencoder.regularizer import LatentKind
 from ldm.latents import LatentSpace
 
 SPACE = LatentSpace(mean=(0.5, -2.0, 0.0, 10.0), std=(2.0, 0.1, 1.0, 30.0))
@@ -79,3 +80,24 @@ def test_latent_space_from_other_dict_is_refused(plain, message):
 def test_unscaled_of_other_channels_is_refused():
     with pytest.raises(ValueError, match="4 channels, the latent has 3"):
         SPACE.unscaled(torch.zeros(1, 3, 2, 2))
+
+
+def test_vq_latents_are_scaled_as_they_are_and_take_no_noise():
+    space = LatentSpace(mean=(0.5, -2.0), std=(2.0, 0.1), kind=LatentKind.VQ_LATENTS)
+    raw = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    scaled = space.scaled(raw, None)
+    assert torch.equal(scaled, space.scaled_mode(raw))
+    torch.testing.assert_close(space.unscaled(scaled), raw, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="not drawn"):
+        space.scaled(raw, torch.zeros_like(raw))
+    with pytest.raises(ValueError, match="2 channels, the latent has 4"):
+        space.scaled_mode(moments()[:, :4])
+
+
+def test_latent_space_of_vq_says_its_kind_and_that_of_kl_does_not():
+    space = LatentSpace(mean=(0.5,), std=(2.0,), kind=LatentKind.VQ_LATENTS)
+    assert space.to_dict() == {"mean": [0.5], "std": [2.0], "kind": "vq_latents"}
+    assert LatentSpace.from_dict(space.to_dict()) == space
+    assert SPACE.to_dict().keys() == {"mean", "std"}
+    with pytest.raises(ValueError, match="'gumbel' is not a valid LatentKind"):
+        LatentSpace.from_dict(space.to_dict() | {"kind": "gumbel"})

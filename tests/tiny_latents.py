@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
+from ldm.autoencoder.regularizer import Regularizer
 from ldm.conditioning.text import TextEncoderConfig
 from ldm.interop.diffusers import save_autoencoder
 from pipeline.latent_config import Device, LatentsConfig
@@ -66,6 +67,29 @@ def write_dataset(root: Path, sizes: Sequence[int] = TRAIN_SIZES, image_size: in
             record = ShardRecord(name=f"{place:06d}", split=split, num_rows=size, files=files, counts={"ok": size})
             commit_shard(str(root), record)
     return publish_manifest(str(root), identity, "dataset", {})
+
+
+def write_vq_autoencoder(folder: Path) -> Autoencoder:
+    """Publish a random VQ autoencoder of factor 2 with three latent channels, its codes among its latents."""
+    torch.manual_seed(0)
+    model = Autoencoder(
+        AutoencoderConfig(
+            latent_channels=3,
+            base_channels=8,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            norm_groups=4,
+            attention_factors=(2,),
+            regularizer=Regularizer.VQ,
+            num_codes=24,
+        )
+    )
+    assert model.quantize is not None
+    with torch.no_grad():
+        latent = model.encode(torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1)
+        model.quantize.embedding.weight.copy_(latent.movedim(1, -1).flatten(0, 2)[:24])
+    save_autoencoder(model, str(folder))
+    return model
 
 
 def write_autoencoder(folder: Path, seed: int = 0) -> Autoencoder:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ldm import storage
-from ldm.autoencoder import regularizer
 from ldm.config import Config
 from ldm.diffusion.schedule import Schedule
 from ldm.evaluation.denoising import Denoising
@@ -19,7 +18,8 @@ from ldm.evaluation.features import feature_network
 from ldm.evaluation.frechet import frechet_distance, statistics_of
 from ldm.evaluation.protocol import EvaluationProtocol
 from ldm.evaluation.scores import psnr, ssim
-from ldm.interop.diffusers import load_autoencoder, load_unet
+from ldm.first_stage import load_autoencoder
+from ldm.interop.diffusers import load_unet
 from ldm.text_to_image import AUTOENCODER_FOLDER, UNET_FOLDER, TextToImage, load_card, load_text_to_image, model_digest
 from ldm.training.diffusion_task import usable_rows
 from ldm.training.local_launch import LaunchConfig, Outcome
@@ -174,7 +174,7 @@ def _reconstruction(config: EvaluateConfig, images: ImageLoader, world: World, b
     for batch in _batches(images, images.num_rows):
         real = batch.to(world.device)
         with torch.no_grad():
-            made = autoencoder.decode(regularizer.mode(autoencoder.encode(real))).clamp(-1, 1)
+            made = autoencoder.reconstruct(real).clamp(-1, 1)
         scores.append((psnr(made, real), ssim(made, real)))
         bar.add(len(batch))
     decibels, similarity = (torch.cat(parts).mean().item() for parts in zip(*scores, strict=True))

@@ -11,7 +11,9 @@ import torch
 from jobs.wiring.recording import open_record
 from ldm import storage
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
+from ldm.autoencoder.regularizer import Regularizer
 from ldm.config import Config
+from ldm.first_stage import EVALUATION_FILE
 from ldm.interop.diffusers import CONFIG_NAME, save_autoencoder, weights_digest
 from ldm.losses.discriminator import Discriminator
 from ldm.losses.perceptual import perceptual_distance
@@ -30,8 +32,6 @@ from pipeline.images import ImageLoader, ImageLoaderConfig
 from pipeline.order import check_world
 from pipeline.store.manifest import Manifest, load_manifest
 from pipeline.store.schema import Split
-
-REPORT_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +72,8 @@ class TrainAutoencoderConfig(Config):
     """Seed of initial weights and all draws."""
 
     def __post_init__(self) -> None:
+        if self.autoencoder.regularizer is not Regularizer.KL:
+            raise ValueError(f"stage 1 trains autoencoders of kind kl so far, got {self.autoencoder.regularizer.value}")
         if self.engine.kind is not EngineKind.LOCAL or self.engine.micro_batch_size:
             raise ValueError("stage 1 trains two networks in turns: engine.kind is local, without micro-batches")
         if self.batch_size % self.num_streams:
@@ -167,7 +169,7 @@ def checkpoint_store(config: TrainAutoencoderConfig, manifest: Manifest, world: 
 
 def is_done(config: TrainAutoencoderConfig, manifest: Manifest) -> bool:
     """Say whether the finished autoencoder is there, trained on this dataset to the asked length."""
-    path = storage.join(config.model_folder, REPORT_FILE)
+    path = storage.join(config.model_folder, EVALUATION_FILE)
     if not storage.exists(path) or not storage.exists(storage.join(config.model_folder, CONFIG_NAME)):
         return False
     report = json.loads(storage.read_text(path))
@@ -217,4 +219,4 @@ def _publish(
         "samples_seen": state.samples_seen,
         **state.last_validation,
     }
-    storage.write_text(storage.join(config.model_folder, REPORT_FILE), json.dumps(report, indent=1))
+    storage.write_text(storage.join(config.model_folder, EVALUATION_FILE), json.dumps(report, indent=1))

@@ -13,8 +13,8 @@ from jobs.wiring.recording import open_record
 from ldm import storage
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
 from ldm.config import Config, added_later
-from ldm.interop.diffusers import load_autoencoder, save_autoencoder, save_unet, weights_digest
-from ldm.latents import LatentSpace
+from ldm.first_stage import load_autoencoder
+from ldm.interop.diffusers import save_autoencoder, save_unet, weights_digest
 from ldm.samplers.sample import SamplerConfig
 from ldm.text_to_image import (
     AUTOENCODER_FOLDER,
@@ -40,7 +40,7 @@ from ldm.training.world import World
 from ldm.types import Image
 from ldm.unet.model import UNet, UNetConfig
 from pipeline.latent_plan import check_latents, token_embedder
-from pipeline.latent_summary import cached_size, latent_size
+from pipeline.latent_summary import cached_size, latent_size, latent_space
 from pipeline.loader import LatentLoader, LoaderConfig
 from pipeline.order import check_world
 from pipeline.store.manifest import Manifest, load_manifest
@@ -72,7 +72,7 @@ class TrainLdmConfig(Config):
     latents: str
     """Folder or URL of the latent cache."""
     autoencoder: str
-    """Folder or URL of the autoencoder that made it."""
+    """The autoencoder that made it: folder, checkpoint, URL, hub name, or models:/NAME/1 at MLflow."""
     text: TextEncoderConfig
     """The text encoder that made it."""
     image_size: int = added_later(0)
@@ -185,7 +185,7 @@ def train_ldm_worker(
         engine=engine,
         objective=config.objective,
         optim=config.optim,
-        space=_space(manifest),
+        space=latent_space(manifest),
         held_out=held_out,
         world=world,
         micro_batches=config.engine.micro_batches,
@@ -252,12 +252,8 @@ def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
     )
 
 
-def _space(manifest: Manifest) -> LatentSpace:
-    return LatentSpace(mean=tuple(manifest.summary["mean"]), std=tuple(manifest.summary["std"]))
-
-
 def _card(config: TrainLdmConfig, manifest: Manifest, unet_digest: str = "", samples_seen: int = 0) -> ModelCard:
-    space = _space(manifest)
+    space = latent_space(manifest)
     return ModelCard(
         unet_digest=unet_digest,
         autoencoder_digest=str(manifest.identity["autoencoder"]),
@@ -267,6 +263,7 @@ def _card(config: TrainLdmConfig, manifest: Manifest, unet_digest: str = "", sam
         prediction=config.objective.prediction,
         latent_mean=space.mean,
         latent_std=space.std,
+        latent_kind=space.kind,
         latent_size=latent_size(manifest, config.image_size),
         sampler=config.preview.sampler,
         guidance=config.preview.guidance,

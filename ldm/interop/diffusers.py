@@ -7,31 +7,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.autoencoder.model import IMAGE_CHANNELS, Autoencoder, AutoencoderConfig
+from ldm.autoencoder.model import IMAGE_CHANNELS, Autoencoder, AutoencoderConfig, quantized
+from ldm.autoencoder.regularizer import Regularizer
 from ldm.config import Config
 from ldm.interop.weights import check_weights, digest_of_weights, fill, load_weights, save_weights
-from ldm.storage import join, read_text, write_text
+from ldm.storage import exists, join, read_text, write_text
 from ldm.unet.model import UNet, UNetConfig
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PICKLE_NAME = "diffusion_pytorch_model.bin"
+"""The weights of folders from before safetensors."""
 
 Facts = dict[str, Any]
 """The content of a `config.json`."""
 
-AUTOENCODER_CONSTANTS: Facts = {
-    "act_fn": "silu",
-    "in_channels": IMAGE_CHANNELS,
-    "out_channels": IMAGE_CHANNELS,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
+KL_CLASS, VQ_CLASS = "AutoencoderKL", "VQModel"
+_IMAGES: Facts = {"act_fn": "silu", "in_channels": IMAGE_CHANNELS, "out_channels": IMAGE_CHANNELS}
+AUTOENCODER_CONSTANTS: dict[str, Facts] = {
+    KL_CLASS: {**_IMAGES, "use_quant_conv": True, "use_post_quant_conv": True},
+    VQ_CLASS: {**_IMAGES, "lookup_from_codebook": False, "norm_type": "group"},
 }
+UNET_CLASS = "UNet2DConditionModel"
 UNET_CONSTANTS: Facts = {
     "act_fn": "silu",
     "addition_embed_type": None,
@@ -73,18 +76,34 @@ def save_autoencoder(model: Autoencoder, folder: str) -> None:
 
 
 def load_autoencoder(folder: str) -> Autoencoder:
-    """Return the autoencoder that a folder holds, as float32 on the CPU.
+    """Return the autoencoder that a folder holds, KL or VQ, as float32 on the CPU.
 
     Raises:
         FileNotFoundError: if the folder lacks a file.
         ValueError: if it holds another network, or a part of one, naming what differs.
     """
-    facts = _read_facts(folder, "AutoencoderKL", AUTOENCODER_CONSTANTS)
+    return load_autoencoder_files(join(folder, CONFIG_NAME), weights_path(folder), origin=folder)
+
+
+def load_autoencoder_files(config_path: str, weights_path: str, *, origin: str) -> Autoencoder:
+    """Return the autoencoder of two files, which need not lie together; errors name it by `origin`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if they hold another network, or a part of one, naming what differs.
+    """
+    facts = _read_facts(config_path, origin, AUTOENCODER_CONSTANTS)
     with torch.device("meta"):
-        model = Autoencoder(_autoencoder_config(facts, folder))
-    weights = {_renamed(name): tensor for name, tensor in load_weights(join(folder, WEIGHTS_NAME)).items()}
-    fill(model, weights, folder)
+        model = Autoencoder(_autoencoder_config(facts, origin))
+    weights = {_renamed(name): tensor for name, tensor in load_weights(weights_path).items()}
+    fill(model, weights, origin)
     return model
+
+
+def weights_path(folder: str) -> str:
+    """Return where a folder's weights lie: safetensors where there are any, else a pickle."""
+    pickled = join(folder, PICKLE_NAME)
+    return pickled if not exists(join(folder, WEIGHTS_NAME)) and exists(pickled) else join(folder, WEIGHTS_NAME)
 
 
 def save_unet(config: UNetConfig, weights: Mapping[str, Tensor], folder: str) -> None:
@@ -106,7 +125,7 @@ def load_unet(folder: str) -> UNet:
         FileNotFoundError: if the folder lacks a file.
         ValueError: if it holds another network, or a part of one, naming what differs.
     """
-    facts = _read_facts(folder, "UNet2DConditionModel", UNET_CONSTANTS)
+    facts = _read_facts(join(folder, CONFIG_NAME), folder, {UNET_CLASS: UNET_CONSTANTS})
     with torch.device("meta"):
         model = UNet(_unet_config(facts, folder))
     fill(model, load_weights(join(folder, WEIGHTS_NAME)), folder)
@@ -124,14 +143,15 @@ def weights_digest(weights: Mapping[str, Tensor], config: Config) -> str:
 
 
 def _autoencoder_facts(config: AutoencoderConfig) -> Facts:
-    levels = len(config.widths)
+    class_name, own = _regularizer_facts(config)
+    down, up = _block_types(config.factors, config.attention_factors)
     return {
-        "_class_name": "AutoencoderKL",
-        **AUTOENCODER_CONSTANTS,
-        "latent_channels": config.latent_channels,
+        "_class_name": class_name,
+        **AUTOENCODER_CONSTANTS[class_name],
+        **own,
         "block_out_channels": list(config.widths),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "down_block_types": down,
+        "up_block_types": up,
         "layers_per_block": config.num_res_blocks,
         "mid_block_add_attention": config.mid_attention,
         "norm_num_groups": config.norm_groups,
@@ -140,24 +160,49 @@ def _autoencoder_facts(config: AutoencoderConfig) -> Facts:
     }
 
 
+def _regularizer_facts(config: AutoencoderConfig) -> tuple[str, Facts]:
+    match config.regularizer:
+        case Regularizer.KL:
+            return KL_CLASS, {"latent_channels": config.latent_channels}
+        case Regularizer.VQ:  # where the layout says latent_channels it means those before quant_conv
+            return VQ_CLASS, {
+                "latent_channels": config.encoded_channels,
+                "vq_embed_dim": config.latent_channels,
+                "num_vq_embeddings": config.num_codes,
+            }
+
+
+def _block_types(factors: Sequence[int], attention_factors: Sequence[int]) -> tuple[list[str], list[str]]:
+    attends = [factor in attention_factors for factor in factors]
+    down = ["AttnDownEncoderBlock2D" if here else "DownEncoderBlock2D" for here in attends]
+    return down, ["AttnUpDecoderBlock2D" if here else "UpDecoderBlock2D" for here in reversed(attends)]
+
+
 def _autoencoder_config(facts: Facts, folder: str) -> AutoencoderConfig:
     base, mult = _base_and_mult(facts, folder)
-    _refuse_other(folder, "down_block_types", facts["down_block_types"], ["DownEncoderBlock2D"] * len(mult))
-    _refuse_other(folder, "up_block_types", facts["up_block_types"], ["UpDecoderBlock2D"] * len(mult))
-    return AutoencoderConfig(
+    named = enumerate(facts["down_block_types"])
+    attention_factors = tuple(1 << level for level, name in named if name == "AttnDownEncoderBlock2D")
+    down, up = _block_types([1 << level for level in range(len(mult))], attention_factors)
+    _refuse_other(folder, "down_block_types", facts["down_block_types"], down)
+    _refuse_other(folder, "up_block_types", facts["up_block_types"], up)
+    shape = AutoencoderConfig(
         latent_channels=facts["latent_channels"],
         base_channels=base,
         channel_mult=mult,
         num_res_blocks=facts["layers_per_block"],
         mid_attention=facts.get("mid_block_add_attention", True),
         norm_groups=facts.get("norm_num_groups", 32),
+        attention_factors=attention_factors,
     )
+    if facts["_class_name"] == KL_CLASS:
+        return shape
+    return quantized(shape, num_codes=facts.get("num_vq_embeddings", 256), code_channels=facts.get("vq_embed_dim"))
 
 
 def _unet_facts(config: UNetConfig) -> Facts:
     attends = [factor in config.attention_factors for factor in config.factors]
     return {
-        "_class_name": "UNet2DConditionModel",
+        "_class_name": UNET_CLASS,
         **UNET_CONSTANTS,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
@@ -228,17 +273,19 @@ def _write_facts(facts: Facts, folder: str) -> None:
     write_text(join(folder, CONFIG_NAME), json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 
-def _read_facts(folder: str, class_name: str, constants: Facts) -> Facts:
-    path = join(folder, CONFIG_NAME)
+def _read_facts(path: str, folder: str, constants_of_class: Mapping[str, Facts]) -> Facts:
     facts = json.loads(read_text(path))
     if not isinstance(facts, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(facts).__name__}")
-    _refuse_other(folder, "_class_name", facts.get("_class_name"), class_name)
-    for name, expected in constants.items():
+    class_name = str(facts.get("_class_name"))
+    if class_name not in constants_of_class:
+        known = " or ".join(map(repr, constants_of_class))
+        raise ValueError(f"{folder}: _class_name must be {known}, got {class_name!r}")
+    for name, expected in constants_of_class[class_name].items():
         _refuse_other(folder, name, facts.get(name, expected), expected)
     needed = ["block_out_channels", "down_block_types", "up_block_types", "layers_per_block"]
     needed += (
-        ["latent_channels"] if class_name == "AutoencoderKL" else ["in_channels", "out_channels", "cross_attention_dim"]
+        ["in_channels", "out_channels", "cross_attention_dim"] if class_name == UNET_CLASS else ["latent_channels"]
     )
     missing = [name for name in needed if name not in facts]
     if missing:

@@ -1,17 +1,20 @@
-"""Named tensors on disk (safetensors), checked against a network and digested."""
+"""Named tensors on disk (safetensors; pickles of plain tensors are read too), checked against a network, digested."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterable, Mapping
+from io import BytesIO
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ldm.storage import read_bytes, write_bytes
+from ldm.storage import is_local, located, read_bytes, write_bytes
 
 MAX_LISTED = 8
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def save_weights(weights: Mapping[str, Tensor], path: str) -> None:
@@ -20,17 +23,60 @@ def save_weights(weights: Mapping[str, Tensor], path: str) -> None:
     write_bytes(path, safetensors.torch.save(plain, metadata={"format": "pt"}))
 
 
-def load_weights(path: str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, on the CPU.
+def load_weights(path: str, prefix: str = "") -> dict[str, Tensor]:
+    """Return the named tensors of a file, on the CPU: safetensors, or a pickle that holds nothing but tensors.
+
+    Args:
+        path: local or anywhere fsspec reaches; of a local safetensors file only what is asked for is read.
+        prefix: which names, if any begins with it; it is taken off them. Empty takes all.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if the file is damaged or no safetensors file.
+        ValueError: if the file is damaged, of another kind, or a pickle that would run code.
     """
+    if not path.endswith(PICKLE_SUFFIXES):
+        return _from_safetensors(path, prefix)
+    weights = _from_pickle(path)
+    return {name.removeprefix(prefix): weights[name] for name in _chosen(weights, prefix)}
+
+
+def _from_safetensors(path: str, prefix: str) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load(read_bytes(path))
+        if not is_local(path):
+            weights = safetensors.torch.load(read_bytes(path))
+            return {name.removeprefix(prefix): weights[name] for name in _chosen(weights, prefix)}
+        with safetensors.safe_open(located(path)[1], framework="pt") as file:
+            # Cloned, for they are views of the file, and that may be written over while they are in use.
+            return {name.removeprefix(prefix): file.get_tensor(name).clone() for name in _chosen(file.keys(), prefix)}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def _from_pickle(path: str) -> dict[str, Tensor]:
+    """Return the tensors of a pickle, which may lie under `state_dict` as in a Lightning checkpoint."""
+    try:
+        content = torch.load(BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be loaded as plain tensors, and other pickles may run any code: {_first_line(error)}. "
+            "Where you trust it, load it once and write its state dict with safetensors.torch.save_file"
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path} must hold named tensors, got {type(content).__name__}")
+    if strangers := sorted(name for name, value in content.items() if not isinstance(value, Tensor)):
+        raise ValueError(f"{path} must hold nothing but tensors, got others under {_listed(strangers)}")
+    return dict(content)
+
+
+def _chosen(names: Iterable[str], prefix: str) -> list[str]:
+    known = list(names)
+    return [name for name in known if name.startswith(prefix)] or known
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
 
 
 def check_weights(network: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:

@@ -137,7 +137,7 @@ class AutoencoderTask:
         with self.autoencoder.averaged(), torch.no_grad():
             for start in range(0, len(rows), 32):
                 images = self._held_out_images(rows[start : start + 32])
-                made = network.decode(regularizer.mode(network.encode(images))).clamp(-1, 1)
+                made = network.reconstruct(images).clamp(-1, 1)
                 shown = self.config.perceptual_rows or len(images)
                 distance = self.perceptual(images[:shown], made[:shown]).mean() * len(images)
                 sums += torch.stack([psnr(images, made).sum(), ssim(images, made).sum(), distance]).double()
@@ -149,7 +149,7 @@ class AutoencoderTask:
         network = self._raw_autoencoder()
         images = self._held_out_images(range(min(8, self.held_out.num_rows)))
         with self.autoencoder.averaged(), torch.no_grad():
-            made = network.decode(regularizer.mode(network.encode(images)))
+            made = network.reconstruct(images)
         return {"reconstructions": torch.stack([images, made], dim=1).flatten(0, 1)}
 
     def _autoencoder_loss(

@@ -132,7 +132,9 @@ class DiffusionTask:
         rows = batch.samples.tolist()
         shape = (self.space.num_channels, *batch.moments.shape[-2:])
         noise = normal(self.seed, Draw.NOISE, rows, shape).to(device)
-        posterior_noise = normal(self.seed, Draw.POSTERIOR, rows, shape).to(device)
+        posterior_noise = None
+        if self.space.kind.has_log_variance:
+            posterior_noise = normal(self.seed, Draw.POSTERIOR, rows, shape).to(device)
         timestep = (uniform(self.seed, Draw.TIMESTEP, rows) * self._schedule.num_timesteps).floor().float().to(device)
         on_device = self._on_device(batch)
         clean = self.space.scaled(on_device.moments, posterior_noise)

@@ -1,0 +1,238 @@
+"""The autoencoder of a model by its address, whatever kind of address that is.
+
+    FOLDER or URL                       diffusers' layout (ours), or the root of a pipeline or model with vae/ or vqvae/
+    FILE or URL .safetensors .ckpt .pt  a checkpoint in the layout of CompVis, its YAML beside it if there is one
+    org/name[@revision][/inside]        either of them at the hub; hf://org/name too; a local folder of that name wins
+    models:/NAME/1  models:/NAME@alias  the autoencoder of a model that this project registered in MLflow;
+    runs:/RUN_ID/text_to_image          the same by its run
+
+Order: MLflow's pointer → hub → a copy on this machine → layout → network. Files from the hub lie where
+`huggingface_hub` keeps them, those from other URLs in its folder of assets (`HF_HOME/assets/ldm`): each is fetched once
+a machine and state, and old ones stay until a person deletes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import cached_assets_path, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from ldm import storage
+from ldm.autoencoder.model import Autoencoder
+from ldm.interop import compvis, diffusers
+from ldm.interop.weights import PICKLE_SUFFIXES
+
+EVALUATION_FILE = "evaluation.json"
+"""Beside an autoencoder's weights: what its training measured on held-out rows at the end."""
+MLFLOW_SCHEMES = ("models:/", "runs:/")
+HUB_SCHEME = "hf://"
+CHECKPOINT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+SUBFOLDERS = ("", "vae", "vqvae")
+"""Where in a folder an autoencoder in diffusers' layout may lie; pipelines from before 2022's end say vqvae."""
+_HUB_NAME = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<early>[^/@]+))?(/(?P<inside>[^@]+?))?/?(@(?P<late>[^@]+))?"
+)
+_LOCAL_ONLY = ("/", "./", "../", "~")
+_MAX_LISTED = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where an autoencoder was found.
+
+    Attributes:
+        path: folder in the layout of diffusers, or checkpoint in that of CompVis.
+        config: for a checkpoint the YAML beside it; empty where there is none, and for a folder.
+    """
+
+    path: str
+    config: str = ""
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is one file in the layout of CompVis."""
+        return _is_checkpoint(self.path)
+
+
+def load_autoencoder(where: str) -> Autoencoder:
+    """Return the autoencoder of an address (see the module), KL or VQ, as float32 on the CPU.
+
+    Raises:
+        FileNotFoundError: if nothing is there, naming what was looked for.
+        ValueError: if what is there is no autoencoder that ours can be, a pickle that would run code, damaged, or not
+            what MLflow's pointer says.
+    """
+    if where.startswith(MLFLOW_SCHEMES):
+        return _pointed_autoencoder(where)
+    place, keep = find_autoencoder(where), partial(storage.local_copy, folder=_copies())
+    if place.is_checkpoint:
+        config = storage.read_text(place.config) if place.config else ""
+        return compvis.load_autoencoder(keep(place.path), config)
+    names = [diffusers.CONFIG_NAME, diffusers.weights_path(place.path).rpartition("/")[2]]
+    if storage.is_local(place.path):
+        return diffusers.load_autoencoder(place.path)
+    config_copy, weights_copy = (keep(storage.join(place.path, name)) for name in names)
+    return diffusers.load_autoencoder_files(config_copy, weights_copy, origin=place.path)
+
+
+def settled_address(where: str, tracking_uri: str = "") -> str:
+    """Return an address that means the same autoencoder to every worker, also when an alias moves meanwhile.
+
+    Addresses at MLflow become that of the folder which their pointer names; others are returned as they are.
+
+    Args:
+        where: any address of an autoencoder.
+        tracking_uri: the MLflow server; empty is what `MLFLOW_TRACKING_URI` says.
+
+    Raises:
+        ValueError: if MLflow has no such model of ours.
+    """
+    return _resolved(where, tracking_uri)[0] if where.startswith(MLFLOW_SCHEMES) else where
+
+
+def evaluation_of(where: str) -> dict[str, Any] | None:
+    """Return what an autoencoder's training wrote at its end; None where nothing lies beside its weights.
+
+    Checkpoints in the layout of CompVis have none: several may lie in one folder.
+
+    Raises:
+        FileNotFoundError: if there is no autoencoder.
+        ValueError: if the file holds no mapping.
+    """
+    place = find_autoencoder(settled_address(where))
+    path = storage.join(place.path, EVALUATION_FILE)
+    if place.is_checkpoint or not storage.exists(path):
+        return None
+    content = json.loads(storage.read_text(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}")
+    return content
+
+
+def find_autoencoder(where: str) -> Place:
+    """Return where the autoencoder of an address lies that is not at MLflow; from the hub it is fetched.
+
+    Raises:
+        FileNotFoundError: if nothing is there, naming what was looked for and what there is.
+        ValueError: if the address is empty.
+    """
+    if not where:
+        raise ValueError("the autoencoder's address is empty; give a folder, file, URL, hub name or models:/NAME/1")
+    if where.startswith(HUB_SCHEME):
+        return _at_the_hub(where.removeprefix(HUB_SCHEME))
+    local = Path(where).expanduser()
+    if "://" in where:
+        return _place(where)
+    if local.exists():
+        return _place(str(local))
+    if where.startswith(_LOCAL_ONLY) or not _HUB_NAME.fullmatch(where):
+        raise FileNotFoundError(f"there is no autoencoder at {where}: no such file or folder")
+    return _at_the_hub(where)
+
+
+def _place(where: str, named: str = "") -> Place:
+    """Return what lies at a path or URL; errors name it as a person did, where that was otherwise."""
+    named = named or where
+    if _is_checkpoint(where):
+        if not storage.exists(where):
+            raise FileNotFoundError(f"there is no autoencoder at {named}: no such file")
+        return Place(path=where, config=_yaml_beside(where))
+    for subfolder in SUBFOLDERS:
+        folder = storage.join(where, subfolder) if subfolder else where.rstrip("/")
+        if storage.exists(storage.join(folder, diffusers.CONFIG_NAME)):
+            return Place(path=folder)
+    wanted = ", ".join(f"{subfolder}/config.json".lstrip("/") for subfolder in SUBFOLDERS)
+    there = _there(where) if named == where else "and that repository has none; a checkpoint is named by its file"
+    raise FileNotFoundError(f"there is no autoencoder at {named}: expected one of {wanted} in it, {there}")
+
+
+def _there(folder: str) -> str:
+    """Say what a folder holds, to whom looked for something else there."""
+    if folder.startswith(storage.WEB):
+        return "and this server has none of them, or did not answer"
+    names = storage.list_names(folder)
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    checkpoints = " (a checkpoint is named by its file)" if any(map(_is_checkpoint, names)) else ""
+    return f"got {', '.join(names[:_MAX_LISTED]) or 'nothing'}{more}{checkpoints}"
+
+
+def _yaml_beside(checkpoint: str) -> str:
+    """Return where the YAML of a checkpoint lies: of the same name, else the folder's; empty where there is none."""
+    return next((path for path in _yaml_candidates(checkpoint) if storage.exists(path)), "")
+
+
+def _yaml_candidates(checkpoint: str) -> list[str]:
+    url, query = checkpoint.partition("?")[::2] if "://" in checkpoint else (checkpoint, "")
+    folder, slash, name = url.rpartition("/")
+    stem = name.rpartition(".")[0]
+    names = (f"{stem}.yaml", "config.yaml", "project.yaml")
+    return [f"{folder}{slash}{other}{'?' if query else ''}{query}" for other in names]
+
+
+def _is_checkpoint(where: str) -> bool:
+    return (urlsplit(where).path if "://" in where else where).endswith(CHECKPOINT_SUFFIXES)
+
+
+def _copies() -> str:
+    return str(cached_assets_path("ldm", "autoencoders"))
+
+
+def _at_the_hub(where: str) -> Place:
+    """Fetch what is needed of a repository, safetensors before pickles, and return where it lies here."""
+    parts = _HUB_NAME.fullmatch(where)
+    if parts is None:
+        raise ValueError(f"a name at the hub is org/name[@revision][/inside], got {where!r}")
+    name, inside = parts["name"], parts["inside"] or ""
+    revision = unquote(parts["early"] or parts["late"] or "") or None
+    if _is_checkpoint(inside):
+        folder = _snapshot(where, name, revision, [inside, *_yaml_candidates(inside)])
+    else:
+        folders = [f"{inside}/{subfolder}".strip("/") for subfolder in SUBFOLDERS]
+        small = [diffusers.CONFIG_NAME, EVALUATION_FILE]
+        folder = _snapshot(where, name, revision, _in_each(folders, [*small, diffusers.WEIGHTS_NAME]))
+        if not any((folder / sub / diffusers.WEIGHTS_NAME).exists() for sub in folders):
+            folder = _snapshot(where, name, revision, _in_each(folders, [*small, diffusers.PICKLE_NAME]))
+    return _place(str(folder / inside), where)
+
+
+def _in_each(folders: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [f"{folder}/{name}".lstrip("/") for folder in folders for name in names]
+
+
+def _snapshot(where: str, name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"there is no autoencoder at {where}: no such folder here, and the hub gave no repository {name}"
+            f"{f' at {revision}' if revision else ''}: {why}"
+        ) from error
+
+
+def _pointed_autoencoder(where: str) -> Autoencoder:
+    folder, digest = _resolved(where, "")
+    model = load_autoencoder(folder)
+    found = diffusers.weights_digest(model.state_dict(), model.config)
+    if found != digest:
+        raise ValueError(f"{where} was registered with autoencoder {digest}, in {folder} lies {found}")
+    return model
+
+
+def _resolved(where: str, tracking_uri: str) -> tuple[str, str]:
+    """Return folder and digest of the autoencoder that a pointer at MLflow names."""
+    # Optional: without MLflow every other kind of address still works.
+    try:
+        from ldm.registry import pointed_autoencoder
+    except ImportError as error:
+        raise ValueError(f"{where} needs MLflow, which is not installed: pip install mlflow") from error
+    pointed = pointed_autoencoder(where, tracking_uri)
+    return pointed.folder, pointed.digest
