@@ -68,7 +68,7 @@ def test_cache_of_vq_holds_latents_before_quantisation_and_says_so(made: Path, m
         mirrored = model.encode(images.flip(-1)).numpy()
     np.testing.assert_allclose(stored(made / "latents", "moments_flipped.npy"), mirrored, atol=1e-3)
     assert manifest.identity["latent_kind"] == "vq_latents"
-    assert manifest.summary["moment_shape"] == [3, 8, 8]
+    assert [shape["moment_shape"] for shape in manifest.summary["shapes"]] == [[3, 8, 8]]
 
 
 def test_statistics_of_vq_latents_have_no_posterior_variance(made: Path, manifest: Manifest) -> None:
@@ -76,7 +76,7 @@ def test_statistics_of_vq_latents_have_no_posterior_variance(made: Path, manifes
     np.testing.assert_allclose(manifest.summary["mean"], latents.mean(axis=(0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(manifest.summary["std"], latents.std(axis=(0, 2, 3)), rtol=1e-12)
     for shard in manifest.shards:
-        assert shard.details["statistics"]["variances"] == [0.0, 0.0, 0.0]
+        assert [part["statistics"]["variances"] for part in shard.details["parts"]] == [[0.0, 0.0, 0.0]]
 
 
 def test_statistics_of_vq_latents_merge_from_any_parts() -> None:
@@ -92,10 +92,11 @@ def test_gate_of_vq_judges_what_the_quantising_decoder_makes_of_the_stored_laten
 ) -> None:
     model = write_vq_autoencoder(made / "again").eval()
     gate = manifest.shards[0].details["gate"]
-    latents = torch.from_numpy(stored(made / "latents")[gate["rows"]]).float()
+    rows = [row for _, row in gate["rows"]]
+    latents = torch.from_numpy(stored(made / "latents")[rows]).float()
     with torch.no_grad():
-        quantising = psnr(model.decode(latents).clamp(-1, 1), images_of(made)[gate["rows"]])
-        plain = psnr(model.decode(latents, is_quantized=True).clamp(-1, 1), images_of(made)[gate["rows"]])
+        quantising = psnr(model.decode(latents).clamp(-1, 1), images_of(made)[rows])
+        plain = psnr(model.decode(latents, is_quantized=True).clamp(-1, 1), images_of(made)[rows])
     assert gate["psnr"] == pytest.approx(quantising.tolist(), abs=1e-3)
     assert gate["psnr"] != pytest.approx(plain.tolist(), abs=1e-3)
 
