@@ -175,8 +175,9 @@ class ImageLoader:
             return shard
 
     def _opened(self, number: int) -> _OpenShard:
-        places = read_index(str(self._files.path(number, "index")))
-        content = np.asarray(np.memmap(self._files.path(number, "tar"), np.uint8, mode="r"))
+        with self._files.paths(number) as (tar, index):
+            places = read_index(str(index))
+            content = np.asarray(np.memmap(tar, np.uint8, mode="r"))
         return _OpenShard(content, places, places.column(image_suffix(places.suffixes)))
 
 

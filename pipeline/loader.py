@@ -33,6 +33,10 @@ from pipeline.store.manifest import Manifest
 from pipeline.store.schema import Split
 
 MAX_OPEN_SHARDS = 1024
+AHEAD_WINDOWS = 16
+"""How many windows before it is needed the copy of a shard begins."""
+NUM_CHECKED_WINDOWS = 64
+"""Windows whose shards are compared with the limit of the copies at the start."""
 WINDOW_ROWS = 256
 """Rows of one rank gathered together and then cut into batches: the cost of touching a shard is shared by more rows."""
 
@@ -62,12 +66,16 @@ class LoaderConfig(Config):
     """Batches made ahead of the consumer."""
     cache_folder: str = ""
     """Local folder for copies of a remote root's shards; a local root needs none."""
+    cache_bytes: int = 0
+    """Most bytes of copies in `cache_folder`, for all processes of a machine together; 0 is no limit."""
     has_digest_check: bool = False
     """Whether every file's sha256 is compared at the start (sizes always are)."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.caption_dropout <= 1.0:
             raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+        if self.cache_bytes < 0:
+            raise ValueError(f"cache_bytes must be at least 0, got {self.cache_bytes}")
         if self.prefetch_batches < 1 or self.batch_size < 1:
             raise ValueError(
                 f"prefetch_batches and batch_size must be at least 1, got {self.prefetch_batches}, {self.batch_size}"
@@ -95,12 +103,14 @@ class LatentLoader:
         self.wait_seconds = 0.0
         self._rank, self._world = rank, world
         self._max_tokens = int(manifest.identity["max_tokens"])
+        self._has_flips = bool(manifest.identity["flip"])
         self._files = open_local_shards(
             manifest,
             config.root,
             config.split,
             LATENT_FILES,
             cache_folder=config.cache_folder,
+            cache_bytes=config.cache_bytes,
             has_digest_check=config.has_digest_check,
         )
         self._order = Order(
@@ -111,6 +121,8 @@ class LatentLoader:
         )
         self._open: OrderedDict[int, LatentShard] = OrderedDict()
         self._lock = Lock()
+        if self._files.is_limited:
+            self._check_room()
 
     @property
     def num_rows(self) -> int:
@@ -119,14 +131,19 @@ class LatentLoader:
 
     def batches(self, samples_seen: int = 0) -> Iterator[LatentBatch]:
         """Yield this rank's share of each global batch, endlessly, from `samples_seen` on, made ahead on a thread."""
-        num_together = max(1, WINDOW_ROWS * self._world // self.config.batch_size)
-        step = num_together * self.config.batch_size
-        windows = ((start, start + step) for start in count(samples_seen, step))
-        depth = -(-self.config.prefetch_batches // num_together)
+        step = self._window_rows
+        depth = -(-self.config.prefetch_batches * self.config.batch_size // step)
         share = self.config.batch_size // self._world
-        with closing(prefetched(lambda span: self._drawn(*span), windows, depth, self._record_wait)) as made:
-            for window in made:
-                yield from (window.rows(start, start + share) for start in range(0, len(window.keys), share))
+        with self._files.fetching_ahead(self._shards_between) as fetch_ahead:
+
+            def drawn(start: int) -> LatentBatch:
+                ahead = start + AHEAD_WINDOWS * step
+                fetch_ahead(ahead, ahead + step)
+                return self._drawn(start, start + step)
+
+            with closing(prefetched(drawn, count(samples_seen, step), depth, self._record_wait)) as made:
+                for window in made:
+                    yield from (window.rows(start, start + share) for start in range(0, len(window.keys), share))
 
     def rows(self, start: int, stop: int) -> LatentBatch:
         """Return rows [start, stop) of the split in the manifest's order, each with its first caption."""
@@ -137,14 +154,35 @@ class LatentLoader:
     def captions(self, start: int, stop: int) -> list[str]:
         """Return the first caption of rows [start, stop) of the split in the manifest's order."""
         _, rows = self._fixed(start, stop)
+        self._use(sorted(set(rows.shards.tolist())))
         tables = [self._shard(int(shard)).text for shard in rows.shards]
         first = [table.choices[table.choice_offsets[row]] for table, row in zip(tables, rows.rows, strict=True)]
         return [table.text(int(caption)) for table, caption in zip(tables, first, strict=True)]
 
     def null_condition(self, batch_size: int) -> Condition:
         """Return the condition of the empty caption, `batch_size` times."""
-        null = self._shard(0).text.embedding(0)
+        with self._lock:
+            number = next(iter(self._open), 0)  # all shards have the same one, and of some there may be no copy
+        null = self._shard(number).text.embedding(0)
         return condition_of([null] * batch_size, self._max_tokens)
+
+    @property
+    def _window_rows(self) -> int:
+        """Rows of all ranks that are gathered together, whole batches."""
+        return max(1, WINDOW_ROWS * self._world // self.config.batch_size) * self.config.batch_size
+
+    def _shards_between(self, start: int, stop: int) -> list[int]:
+        """Return the shards of this rank's rows of positions [start, stop)."""
+        positions = rank_positions(start, stop, self._rank, self._world)
+        return [int(number) for number in np.unique(rows_at(self._order, positions).shards)]
+
+    def _check_room(self) -> None:
+        """Refuse a limit below what a window needs; the largest are those in which all streams change their blocks."""
+        block = self._order.num_streams * self._order.block_rows
+        step = self._window_rows
+        for border in range(0, min(self.num_rows, NUM_CHECKED_WINDOWS * block), block):
+            start = max(0, border - step // 2)
+            self._files.check_room(self._shards_between(start, start + step))
 
     def _record_wait(self, seconds: float) -> None:
         self.wait_seconds += seconds
@@ -162,7 +200,7 @@ class LatentLoader:
         draws = _Draws(
             quantiles=self._uniform(Draw.CAPTION, positions),
             dropped=self._uniform(Draw.DROPOUT, positions) < self.config.caption_dropout,
-            flipped=self._uniform(Draw.FLIP, positions) < 0.5 if self._shard(0).has_flips else never,
+            flipped=self._uniform(Draw.FLIP, positions) < 0.5 if self._has_flips else never,
         )
         return self._batch(positions, rows_at(self._order, positions), draws)
 
@@ -171,13 +209,13 @@ class LatentLoader:
         return drawn
 
     def _batch(self, positions: Positions, rows: Rows, draws: _Draws) -> LatentBatch:
+        numbers = np.unique(rows.shards)
+        self._use([int(number) for number in numbers])
         shape = self._shard(int(rows.shards[0])).shape
         moments = np.empty((len(positions), *shape), np.float16)
         keys = [""] * len(positions)
         states = [np.empty((0, 0), np.float16)] * len(positions)
         pooled: list[tuple[Places, PooledRows]] = []
-        numbers = np.unique(rows.shards)
-        self._files.fetch([int(number) for number in numbers if int(number) not in self._open])
         for number in numbers:
             shard = self._shard(int(number))
             here = np.flatnonzero(rows.shards == number)
@@ -196,12 +234,21 @@ class LatentLoader:
             condition=_condition(states, pooled, self._max_tokens),
         )
 
+    def _use(self, numbers: Sequence[int]) -> None:
+        """Have shards here; under a limit let go of all others, since deleting an open file frees nothing."""
+        if self._files.is_limited:
+            with self._lock:
+                for number in self._open.keys() - set(numbers):
+                    del self._open[number]
+        self._files.use(numbers)
+
     def _shard(self, number: int) -> LatentShard:
         """Return a shard's memory maps; the most recently used ones stay open."""
         with self._lock:
             shard = self._open.pop(number, None)
             if shard is None:
-                shard = open_latent_shard(*(self._files.path(number, suffix) for suffix in LATENT_FILES))
+                with self._files.paths(number) as paths:
+                    shard = open_latent_shard(*paths)
             self._open[number] = shard
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
