@@ -1,66 +1,52 @@
-"""Laws of the copies of remote shards: whole, downloaded once, below their limit, never taken from who uses them."""
+"""Laws of the copies of remote shards: whole, below their limit, never taken from who uses them."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import re
-import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
-import s3fs
 
 from ldm.storage import TransferError, list_files
 from ldm.types import LatentBatch
 from pipeline import shard_cache
 from pipeline.latent_shard import LATENT_FILES
-from pipeline.loader import LatentLoader, LoaderConfig
-from pipeline.local_shards import CACHE_NAME, LocalShards, open_local_shards
-from pipeline.shard_cache import ShardCache
+from pipeline.loader import LatentLoader
+from pipeline.local_shards import CACHE_NAME
 from pipeline.store.manifest import load_manifest
-from pipeline.store.schema import Split
+from tests.cached_shards import (
+    SIZES,
+    bytes_of,
+    config_of,
+    connected,
+    content_of,
+    local_content,
+    settled_size_of,
+    shards_of,
+    size_of,
+    there,
+    upload,
+    wait_until,
+    write_eight_shards,
+)
 from tests.chaos_proxy import Link, chaos_proxy, running
 from tests.servers import S3Server
-from tests.tiny_latents import carry_out, latents_config, plan_latents, write_autoencoder, write_dataset
-
-SIZES = (7, 5, 6, 8, 5, 7, 6, 9)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Latents of eight shards on this machine."""
-    folder = tmp_path_factory.mktemp("made")
-    write_dataset(folder / "dataset", sizes=SIZES)
-    write_autoencoder(folder / "autoencoder")
-    carry_out(plan_latents(latents_config(folder)))
-    return folder / "latents"
+    return write_eight_shards(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="module")
 def remote(s3: S3Server, made: Path) -> str:
     """The same latents on an S3 server."""
-    root = f"s3://{s3.bucket}/shard-cache"
-    s3.client().put(str(made), root, recursive=True)
-    return root
-
-
-@contextmanager
-def connected(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have this process's S3 clients, and its children's, talk to a server by this address."""
-    with monkeypatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", url)
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield
-    s3fs.S3FileSystem.clear_instance_cache()
+    return upload(made, s3, "copies")
 
 
 @pytest.fixture
@@ -68,60 +54,6 @@ def link(s3: S3Server, remote: str, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """A link to the server, as slow or wrong as the test says."""
     with running(Link(s3.endpoint)) as proxy, connected(proxy.url, monkeypatch):
         yield proxy
-
-
-def shards_of(root: str, cache: Path, limit: int = 0) -> LocalShards:
-    return open_local_shards(
-        load_manifest(root), root, Split.TRAIN, LATENT_FILES, cache_folder=str(cache), cache_bytes=limit
-    )
-
-
-def config_of(root: str, cache: Path, limit: int = 0) -> LoaderConfig:
-    return LoaderConfig(
-        root=root, batch_size=4, num_streams=2, block_rows=6, cache_folder=str(cache), cache_bytes=limit
-    )
-
-
-def bytes_of(shards: LocalShards, *numbers: int) -> int:
-    return sum(shards.shards[number].files[suffix].num_bytes for number in numbers for suffix in LATENT_FILES)
-
-
-def there(cache: Path) -> list[str]:
-    """Return the shards of which there is a whole tar."""
-    return sorted(path.stem for path in cache.glob("*/train/*/*.tar"))
-
-
-def size_of(cache: Path) -> int:
-    """Return the bytes of all files, however they come and go meanwhile."""
-    found = 0
-    for folder, _, names in os.walk(cache):  # which forgives folders that vanish
-        for name in names:
-            with suppress(FileNotFoundError):
-                found += Path(folder, name).stat().st_size
-    return found
-
-
-def settled_size_of(cache: Path) -> int:
-    """Return the same while nobody makes or takes room: counted meanwhile, what went and what came would both count."""
-    with (cache / CACHE_NAME / shard_cache.LOCK_NAME).open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return size_of(cache)
-
-
-def content_of(shards: LocalShards, number: int) -> list[bytes]:
-    with shards.paths(number) as paths:
-        return [path.read_bytes() for path in paths]
-
-
-def local_content(made: Path, number: int) -> list[bytes]:
-    return [(made / "train" / f"{number:06d}.{suffix}").read_bytes() for suffix in LATENT_FILES]
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_cache_limit_is_kept_the_longest_unused_shard_goes_first(made: Path, remote: str, tmp_path: Path) -> None:
@@ -301,110 +233,6 @@ def test_loader_through_a_server_that_fails_and_cuts_yields_the_same_batches(
         assert proxy.troubles["cut"]
 
 
-READER = """
-import sys
-from itertools import islice
-import pipeline.loader
-from pipeline.loader import LatentLoader, LoaderConfig
-from pipeline.store.manifest import load_manifest
-pipeline.loader.WINDOW_ROWS = 8
-config = LoaderConfig.from_yaml(open(sys.argv[1]).read())
-rank, world = int(sys.argv[2]), int(sys.argv[3])
-loader = LatentLoader(load_manifest(config.root), config, rank, world)
-batches = loader.batches()
-for batch in islice(batches, 20):
-    print(",".join(batch.keys))
-batches.close()
-"""
-
-
-def reader(config: LoaderConfig, folder: Path, rank: int = 0, world: int = 1) -> subprocess.Popen[str]:
-    """Start a process that prints the keys of 20 batches."""
-    path = folder / f"reader-{rank}-of-{world}.yaml"
-    path.write_text(config.to_yaml())
-    return subprocess.Popen(
-        [sys.executable, "-c", READER, str(path), str(rank), str(world)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-
-
-def test_two_processes_that_want_the_same_shards_download_each_once(
-    made: Path, remote: str, link: Link, tmp_path: Path
-) -> None:
-    link.seconds = 0.3
-    processes = [reader(config_of(remote, tmp_path / "cache"), tmp_path) for _ in range(2)]
-    printed = [process.communicate(timeout=120)[0] for process in processes]
-    expected = LatentLoader(load_manifest(str(made)), config_of(str(made), tmp_path / "none"))
-    words = [",".join(batch.keys) for batch in islice(expected.batches(), 20)]
-    assert [text.split() for text in printed] == [words, words]
-    assert len(link.downloads) == len(SIZES)
-    assert set(link.downloads.values()) == {1}
-
-
-def test_two_ranks_under_a_limit_for_both_end_well(made: Path, remote: str, tmp_path: Path) -> None:
-    sizes = [bytes_of(shards_of(remote, tmp_path / "probe"), number) for number in range(len(SIZES))]
-    config = config_of(remote, tmp_path / "cache", sum(sorted(sizes)[2:]))
-    processes = [reader(config, tmp_path, rank, 2) for rank in range(2)]
-    wait_until((tmp_path / "cache" / CACHE_NAME).exists, 60)
-    highest = 0
-    while any(process.poll() is None for process in processes):
-        highest = max(highest, settled_size_of(tmp_path / "cache"))
-        time.sleep(0.01)
-    keys = [process.communicate()[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    expected = LatentLoader(load_manifest(str(made)), config_of(str(made), tmp_path / "none"))
-    for number, batch in enumerate(islice(expected.batches(), 20)):
-        first, second = (lines[number].split(",") for lines in keys)
-        assert sorted([*first, *second]) == sorted(batch.keys)
-    assert 0 < highest <= config.cache_bytes
-
-
-@pytest.mark.parametrize("limit", [0, 1 << 20])
-def test_process_killed_in_a_download_leaves_what_the_next_one_goes_on_from(
-    made: Path, remote: str, link: Link, tmp_path: Path, limit: int
-) -> None:
-    first = shards_of(remote, tmp_path / "cache", limit)
-    content_of(first, 2)
-    link.seconds = 30.0
-    process = reader(config_of(remote, tmp_path / "cache", limit), tmp_path)
-    wait_until(lambda: sum(link.downloads.values()) > 2 and any((tmp_path / "cache").rglob("*.tar.partial")))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert any((tmp_path / "cache").rglob("*.tar.partial"))
-    assert there(tmp_path / "cache") == ["000002"]
-    link.seconds = 0.0
-    link.downloads.clear()
-    second = shards_of(remote, tmp_path / "cache", limit)
-    assert not any((tmp_path / "cache").rglob("*.partial"))
-    for number in range(len(SIZES)):
-        assert content_of(second, number) == local_content(made, number)
-    assert not any(path.endswith("000002.tar") for path in link.downloads)
-
-
-def test_process_killed_while_another_waits_for_its_download_is_succeeded(
-    made: Path, remote: str, link: Link, tmp_path: Path
-) -> None:
-    link.seconds = 30.0
-    process = reader(config_of(remote, tmp_path), tmp_path)
-    wait_until(lambda: any(tmp_path.rglob("*.tar.partial")))
-    (partial, *_) = tmp_path.rglob("*.tar.partial")
-    number = int(re.findall(r"\d{6}", partial.name)[0])
-    shards = shards_of(remote, tmp_path)
-    assert partial.exists(), "what another process is downloading is not removed"
-    found: list[list[bytes]] = []
-    waiting = threading.Thread(target=lambda: found.append(content_of(shards, number)))
-    waiting.start()
-    waiting.join(0.5)
-    assert waiting.is_alive()
-    link.seconds = 0.0
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    waiting.join(20)
-    assert found == [local_content(made, number)]
-
-
 def test_shard_half_deleted_by_a_killed_process_is_made_whole(made: Path, remote: str, tmp_path: Path) -> None:
     shards = shards_of(remote, tmp_path)
     content_of(shards, 1)
@@ -431,23 +259,12 @@ def test_holds_of_many_threads_and_constant_deletion_always_find_their_files(
     """Room for two of eight shards, and eight readers: each is deleted as soon as it is let go."""
     limit = bytes_of(shards_of(remote, tmp_path / "probe"), 3, 7)
     expected = [local_content(made, number) for number in range(len(SIZES))]
-    failures: list[object] = []
 
-    def read(seed: int) -> None:
+    def read(seed: int) -> bool:
         shards = shards_of(remote, tmp_path / "cache", limit)
-        for turn in range(12):
-            number = (seed * 5 + turn * 3) % len(SIZES)
-            try:
-                if content_of(shards, number) != expected[number]:
-                    failures.append(number)
-            except Exception as error:
-                failures.append(error)
+        numbers = [(seed * 5 + turn * 3) % len(SIZES) for turn in range(12)]
+        return all(content_of(shards, number) == expected[number] for number in numbers)
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(100)
-    assert failures == []
+    with ThreadPoolExecutor(4) as readers:
+        assert all(readers.map(read, range(4)))
     assert size_of(tmp_path / "cache") <= limit
-    assert ShardCache(tmp_path / "cache" / CACHE_NAME, limit).limit_bytes == limit
