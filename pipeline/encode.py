@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from ldm.config import Config
 from ldm.interop.diffusers import load_autoencoder
 from ldm.storage import copy_file, is_local, write_bytes
 from ldm.types import Image, Moments
+from pipeline.effort import StageTimers
 from pipeline.images import Pixels, decode_pixels, image_of_pixels, image_suffix
 from pipeline.latent_gate import EncodedBatch, Gate, GateConfig, evaluated_psnr, stored_form
 from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS, npy_bytes
@@ -94,6 +96,9 @@ class LatentsConfig(Config):
     """CPUs of one worker."""
     num_actors: int | None = None
     """Workers at once; none for as many as the cluster holds."""
+    shards_at_once: int | None = None
+    """Shards that a worker has in hand, so that one is fetched, decoded and written while another is encoded; none is
+    2 on a GPU or where the dataset lies elsewhere, and 1 on CPUs beside it, which have nothing to wait for."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size", "num_cpus"):
@@ -101,6 +106,8 @@ class LatentsConfig(Config):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.num_actors is not None and self.num_actors < 1:
             raise ValueError(f"num_actors must be at least 1, got {self.num_actors}")
+        if self.shards_at_once is not None and self.shards_at_once < 1:
+            raise ValueError(f"shards_at_once must be at least 1, got {self.shards_at_once}")
 
 
 class Encoder:
@@ -165,7 +172,10 @@ class _Tar:
 
 
 class EncodeStage:
-    """Makes the shards of one latent cache; built once in each worker."""
+    """Makes the shards of one latent cache; built once in each worker, called from any number of threads.
+
+    The networks take one batch at a time, so that memory and bytes are those of one shard at a time.
+    """
 
     def __init__(self, config: LatentsConfig) -> None:
         """Load both networks, and what the autoencoder's evaluation says that a shard must reach."""
@@ -175,6 +185,8 @@ class EncodeStage:
         self._text = TextEncoder(config.text, self._encoder.device)
         # Alone in its batch, so that every shard holds the same bytes for the null condition.
         self._null_embedding = self._text.encode([""])[0]
+        self._network = Lock()
+        self._timers: dict[ShardTask, StageTimers] = {}
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Publish a shard's tar, index and text table and return their record.
@@ -187,6 +199,7 @@ class EncodeStage:
         if not num_rows or num_rows != task.num_rows:
             raise ValueError(f"{task.source_name} has {num_rows} rows, its manifest says {task.num_rows}")
         gate = Gate(self.config.gate, self._floor, task)
+        self._timers[task] = StageTimers()
         with on_this_machine(task.source_name) as path:
             tar = _Tar(path, index)
             facts = [json.loads(tar.member(row, "json")) for row in range(num_rows)]
@@ -194,7 +207,9 @@ class EncodeStage:
             distinct = distinct_captions(captions)
             number_of_caption = {caption: number for number, caption in enumerate(distinct)}
             choices = [[number_of_caption[caption] for caption in row] for row in captions]
-            embeddings = [self._null_embedding, *self._text.encode(distinct[1:])]
+            with self._network:
+                embeddings = [self._null_embedding, *self._text.encode(distinct[1:])]
+                num_truncated = self._text.count_truncated(distinct)
             # The gate stands at the end of the rows: if it refuses, the tar is not published.
             members = self._members(tar, facts, captions, choices, gate)
             files = write_shard(self.config.root, task.split, task.name, members)
@@ -212,9 +227,13 @@ class EncodeStage:
                 "moment_shape": list(gate.moment_shape),
                 **self._text_widths(),
                 "num_captions": len(distinct),
-                "num_truncated": self._text.count_truncated(distinct),
+                "num_truncated": num_truncated,
             },
         )
+
+    def take_timers(self, task: ShardTask) -> StageTimers:
+        """Return what a shard took that was just made, and forget it."""
+        return self._timers.pop(task)
 
     def _members(
         self,
@@ -230,13 +249,18 @@ class EncodeStage:
             gate.take(batch, [tar.index.keys[row] for row in rows])
             for row, *moments in zip(rows, *batch.forms, strict=True):
                 yield self._member(tar.index.keys[row], facts[row], captions[row], choices[row], moments)
-        gate.judge(self._encoder.decode)
+        gate.judge(self._decoded)
+
+    def _decoded(self, moments: Moments) -> Image:
+        with self._network:
+            return self._encoder.decode(moments)
 
     def _batches(self, tar: _Tar, gate: Gate) -> Iterator[EncodedBatch]:
         """Yield the shard's batches: rows are read and decoded on one thread, encoded on the next."""
         num_rows, step = len(tar.index.keys), self.config.batch_size
         spans = ((start, min(start + step, num_rows)) for start in range(0, num_rows, step))
         suffix = image_suffix(tar.index.suffixes)
+        timers = self._timers[gate.task]
 
         def read(span: tuple[int, int]) -> tuple[int, Image]:
             rows = [{"__key__": tar.index.keys[row], suffix: tar.member(row, suffix)} for row in range(*span)]
@@ -245,7 +269,8 @@ class EncodeStage:
         def encode(piece: tuple[int, Image]) -> EncodedBatch:
             first, images = piece
             chosen = gate.chosen_of(first, len(images))
-            made = [stored_form(self._encoder.encode(form)) for form in self._forms(images)]
+            with self._network, timers.busy():  # `stored_form` awaits a GPU
+                made = [stored_form(self._encoder.encode(form)) for form in self._forms(images)]
             return EncodedBatch(
                 first=first,
                 forms=[stored for stored, _, _ in made],
@@ -255,7 +280,7 @@ class EncodeStage:
             )
 
         with (
-            closing(prefetched(read, spans, NUM_BATCHES_AHEAD, _ignore)) as images,
+            closing(prefetched(read, spans, NUM_BATCHES_AHEAD, timers.waited)) as images,
             closing(prefetched(encode, images, 1, _ignore)) as batches,
         ):
             yield from batches
@@ -305,7 +330,7 @@ def on_this_machine(url: str) -> Iterator[Path]:
 
 
 def _ignore(seconds: float) -> None:
-    """Nobody asks how long the stage waited for its pictures."""
+    """Nobody asks how long the tar waited for its moments."""
 
 
 def has_gpu() -> bool:

@@ -8,6 +8,7 @@ from functools import partial
 from ldm.autoencoder.model import Autoencoder
 from ldm.conditioning.text import TextEncoderKind, text_encoder_digest
 from ldm.interop.diffusers import load_autoencoder, weights_digest
+from ldm.storage import is_local
 from pipeline.encode import Device, EncodeStage, LatentsConfig, torch_device
 from pipeline.moment_statistics import MomentStatistics, merged
 from pipeline.plan import Plan, Resources, ShardTask
@@ -68,6 +69,7 @@ def plan_latents(config: LatentsConfig) -> Plan:
             num_gpus=float(is_on_gpu),
             min_actors=config.num_actors or 1,
             max_actors=config.num_actors,
+            tasks_at_once=config.shards_at_once or (1 if is_local(config.dataset) and not is_on_gpu else 2),
         ),
         num_rows=num_rows,
         num_bytes_estimate=num_rows * _bytes_per_row(config, model),
