@@ -12,7 +12,7 @@ from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import PRECOMPUTE_LATENTS
 from jobs.session import prepare, ray_session
 from jobs.wiring.first_stage import settled
-from jobs.wiring.precompute_latents import outlook, publish, verified
+from jobs.wiring.precompute_latents import outlook, publish, show, verified
 from pipeline.latent_plan import plan_latents
 from pipeline.plan import missing
 from pipeline.run import run
@@ -32,6 +32,7 @@ def main() -> None:
         return
     with ray_session() if missing(plan) else nullcontext():
         report = run(plan)
+    show(report)
     print(
         f"latents   {report.num_rows:,} rows in {report.num_shards} new shards, "
         f"{report.num_skipped} shards already there: {plan.root}"

@@ -95,6 +95,8 @@ def ray_session() -> Iterator[str]:
     if not cluster:
         os.environ.update(for_workers)  # inherited; workers that wait in store can't take a job's own settings
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+        # A driver that waits for Ray's first workers waits for ever if one of them is killed while it starts.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     settings: dict[str, Any] = {
         "address": cluster or "local",
         "include_dashboard": None if cluster else False,

@@ -19,11 +19,15 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 import fsspec
+from aiohttp import ClientError
+from botocore.exceptions import BotoCoreError
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 CHUNK_BYTES = 1 << 20
+STREAM_BLOCK_BYTES = 8 << 20
+"""Asked for at once where a remote file is streamed; s3fs by itself asks for 50 MiB and holds as much."""
 # s3fs remembers listings, and then neither sees what other processes wrote nor that they replaced a file.
 UNCACHED = {"use_listings_cache": False}
 # A store under load answers 503 and drops connections: botocore then waits a little longer each time, at random.
@@ -32,6 +36,10 @@ STATE_FACTS = ("size", "ETag", "LastModified", "Last-Modified", "mtime", "create
 """What file systems say of a file that changes with its content; each says some of it."""
 WEB = ("http://", "https://")
 OBJECT_STORES = ("s3://", "s3a://")
+
+
+class TransferError(OSError):
+    """A place did not answer, or broke off in the middle of a file."""
 
 
 def join(root: str, *parts: str) -> str:
@@ -72,6 +80,25 @@ def read_range(path: str, start: int, stop: int) -> bytes:
         file.seek(start)
         content: bytes = file.read(stop - start)
     return content
+
+
+def read_chunks(path: str) -> Iterator[bytes]:
+    """Yield a file's bytes in chunks, of which only a few are in memory.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        PermissionError: if it may not be read.
+        TransferError: if its place does not answer or breaks off.
+    """
+    try:
+        system, inner = located(path)
+        with system.open(inner, "rb", block_size=STREAM_BLOCK_BYTES) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (OSError, ClientError, BotoCoreError) as error:
+        raise TransferError(f"{path} did not come: {type(error).__name__} {error}") from error
 
 
 def read_text(path: str) -> str:

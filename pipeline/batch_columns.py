@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,6 +33,32 @@ class ColumnDraws(NamedTuple):
     flipped: Bool[np.ndarray, " b"]
     crops: Int64[np.ndarray, " b"]
     masks: Int64[np.ndarray, " b"]
+
+
+class RowDraws(NamedTuple):
+    """What is drawn for each row of a batch.
+
+    Attributes:
+        quantiles: where in [0, 1) of its captions a row's choice lies.
+        dropped: whether the caption is replaced by the empty one.
+        flipped: whether the moments are those of the mirrored image.
+        crops: where in [0, 1) of its crops a row's choice lies.
+        masks: where in [0, 1) of its masks a row's choice lies.
+    """
+
+    quantiles: Float64[np.ndarray, " b"]
+    dropped: Bool[np.ndarray, " b"]
+    flipped: Bool[np.ndarray, " b"]
+    crops: Float64[np.ndarray, " b"]
+    masks: Float64[np.ndarray, " b"]
+
+    def of(self, places: Places, shard: LatentShard) -> ColumnDraws:
+        """Return the choices of rows of one tar."""
+        return ColumnDraws(
+            flipped=self.flipped[places],
+            crops=(self.crops[places] * shard.columns.num_crops).astype(np.int64),
+            masks=(self.masks[places] * shard.num_masks).astype(np.int64),
+        )
 
 
 def gathered_columns(shard: LatentShard, rows: Int64[np.ndarray, " b"], draws: ColumnDraws, max_boxes: int) -> Columns:

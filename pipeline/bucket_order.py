@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
 from ldm.randomness import Draw, generator
-from pipeline.order import CACHED_EPOCHS, Order
+from pipeline.order import CACHED_EPOCHS, Order, Positions, Rows, rank_positions, rows_at
 
 
 class BatchPlace(NamedTuple):
@@ -45,6 +46,11 @@ class BucketOrder:
         """Rows of all buckets: one epoch."""
         return sum(order.num_rows for order in self.buckets)
 
+    @cached_property
+    def first_shards(self) -> tuple[int, ...]:
+        """The first shard of each bucket, counted over all buckets."""
+        return tuple(accumulate((len(order.shard_sizes) for order in self.buckets), initial=0))
+
     def check_start(self, samples_seen: int) -> None:
         """Refuse to begin amid a batch.
 
@@ -71,6 +77,37 @@ class BucketOrder:
 
     def _batches_before(self, epoch: int) -> int:
         return sum(epoch * order.num_rows // self.batch_size for order in self.buckets)
+
+
+class BucketRows(NamedTuple):
+    """Rows of one bucket in some neighbouring global batches.
+
+    Attributes:
+        batches: which of the batches they are, counted from the first.
+        positions: their positions in the whole sequence, batch after batch, equally many of each.
+        rows: where they lie; shards are counted over all buckets.
+    """
+
+    batches: list[int]
+    positions: Positions
+    rows: Rows
+
+
+def rank_rows(order: BucketOrder, start: int, num_batches: int, rank: int, world: int) -> list[BucketRows]:
+    """Return what `rank` of `world` serves of some global batches from position `start` on, bucket by bucket."""
+    size = order.batch_size
+    starts = range(start, start + num_batches * size, size)
+    places = [order.place_of(first) for first in starts]
+    found = []
+    for bucket in sorted({place.bucket for place in places}):
+        here = [number for number, place in enumerate(places) if place.bucket == bucket]
+        firsts = [places[number].first for number in here]
+        own = [rank_positions(first, first + size, rank, world) for first in firsts]
+        shifted = [part + starts[number] - first for number, first, part in zip(here, firsts, own, strict=True)]
+        rows = rows_at(order.buckets[bucket], np.concatenate(own))
+        rows = Rows(rows.shards + order.first_shards[bucket], rows.rows)
+        found.append(BucketRows(here, np.concatenate(shifted), rows))
+    return found
 
 
 class _Layout(NamedTuple):

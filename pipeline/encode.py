@@ -20,6 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,9 @@ import yaml
 
 from ldm.conditioning.text import TextEncoder
 from ldm.storage import copy_file, is_local, join, read_text, remove_file, write_bytes
+from ldm.types import Image, Moments
 from pipeline.crops import Part, crop_boxes, original_box, parts_of
+from pipeline.effort import StageTimers
 from pipeline.encoder import Encoder, Prepared
 from pipeline.images import image_suffix
 from pipeline.ingest.picture import PictureConfig
@@ -65,7 +68,10 @@ class _Source:
 
 
 class EncodeStage:
-    """Makes the shards of one latent cache; built once in each worker."""
+    """Makes the shards of one latent cache; built once in each worker, called from any number of threads.
+
+    The networks take one batch at a time, so that memory and bytes are those of one shard at a time.
+    """
 
     def __init__(self, config: LatentsConfig) -> None:
         """Load both networks, and what the autoencoder's evaluation says that a shard must reach."""
@@ -76,6 +82,8 @@ class EncodeStage:
         self._text = TextEncoder(config.text, self._encoder.device)
         # Alone in its batch, so that every shard holds the same bytes for the null condition.
         self._null_embedding = self._text.encode([""])[0]
+        self._network = Lock()
+        self._timers: dict[ShardTask, StageTimers] = {}
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Publish a shard's tars, indexes, columns and text table and return their record.
@@ -93,12 +101,15 @@ class EncodeStage:
             distinct = distinct_captions(captions)
             number_of_caption = {caption: number for number, caption in enumerate(distinct)}
             choices = [[number_of_caption[caption] for caption in row] for row in captions]
+            self._timers[task] = StageTimers()
             source = _Source(path, index, facts, captions, choices)
             parts = parts_of([(int(fact["width"]), int(fact["height"])) for fact in facts], self.config)
             plain = [moments_name(crop) for crop in range(self.config.crop.count)]
             sizes = [len(part.rows) for part in parts]
             gate = Gate(self.config.gate, self._floor, task, sizes, plain, self._encoder.kind)
-            text = self._text_bytes(distinct, choices)
+            with self._network:
+                text = self._text_bytes(distinct, choices)
+                num_truncated = self._text.count_truncated(distinct)
             files = self._write_parts(task, source, parts, gate)
         files[TEXT_SUFFIX] = self._write(task, TEXT_SUFFIX, text)
         return ShardRecord(
@@ -123,9 +134,13 @@ class EncodeStage:
                 "gate": {"rows": [list(row) for row in gate.chosen], "psnr": gate.figures, "floor": self._floor},
                 **self._text_widths(),
                 "num_captions": len(distinct),
-                "num_truncated": self._text.count_truncated(distinct),
+                "num_truncated": num_truncated,
             },
         )
+
+    def take_timers(self, task: ShardTask) -> StageTimers:
+        """Return what a shard took that was just made, and forget it."""
+        return self._timers.pop(task)
 
     def _write_parts(
         self, task: ShardTask, source: _Source, parts: Sequence[Part], gate: Gate
@@ -159,12 +174,17 @@ class EncodeStage:
                 arrays = {name: form[place] for name, form in (batch.forms | batch.stored).items()}
                 yield self._member(source, row, part, columns, arrays)
         if number + 1 == len(parts):
-            gate.judge(self._encoder.decode)
+            gate.judge(self._decoded)
+
+    def _decoded(self, moments: Moments) -> Image:
+        with self._network:
+            return self._encoder.decode(moments)
 
     def _batches(self, source: _Source, part: Part, number: int, gate: Gate) -> Iterator[EncodedBatch]:
         """Yield a part's batches: rows are read and decoded on one thread, encoded on the next."""
         step = batch_rows(self.config, part)
         starts = iter(range(0, len(part.rows), step))
+        timers = self._timers[gate.task]
         suffixes = [image_suffix(source.index.suffixes)]
         suffixes += [self.config.columns.map_member] if self.config.columns.map_member else []
 
@@ -175,7 +195,8 @@ class EncodeStage:
         def encode(piece: tuple[int, Prepared]) -> EncodedBatch:
             first, prepared = piece
             images = prepared.images[0]
-            made = {name: stored_form(moments) for name, moments in self._encoder.forms(prepared)}
+            with self._network, timers.busy():  # `stored_form` awaits a GPU
+                made = {name: stored_form(moments) for name, moments in self._encoder.forms(prepared)}
             return EncodedBatch(
                 part=number,
                 first=first,
@@ -187,7 +208,7 @@ class EncodeStage:
             )
 
         with (
-            closing(prefetched(read, starts, NUM_BATCHES_AHEAD, _ignore)) as prepared,
+            closing(prefetched(read, starts, NUM_BATCHES_AHEAD, timers.waited)) as prepared,
             closing(prefetched(encode, prepared, 1, _ignore)) as batches,
         ):
             yield from batches
@@ -255,4 +276,4 @@ def _json_bytes(facts: Mapping[str, JSON]) -> bytes:
 
 
 def _ignore(seconds: float) -> None:
-    """Nobody asks how long the stage waited for its pictures."""
+    """Nobody asks how long the tar waited for its moments."""

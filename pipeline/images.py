@@ -24,7 +24,7 @@ from PIL import Image as PillowImage
 from ldm.config import Config
 from ldm.randomness import Draw, uniform
 from ldm.types import Image, SampleIndex
-from pipeline.local_shards import open_local_shards
+from pipeline.local_shards import groups_of, open_local_shards
 from pipeline.order import Order, Positions, Rows, check_world, rank_positions, rows_at, sequential_rows_at
 from pipeline.prefetch import prefetched
 from pipeline.store.manifest import Manifest
@@ -104,7 +104,10 @@ class ImageLoader:
         self.wait_seconds = 0.0
         self._rank, self._world = rank, world
         self._files = open_local_shards(
-            manifest, config.root, config.split, lambda shard: ("tar", "index"), cache_folder=config.cache_folder
+            config.root,
+            config.split,
+            groups_of(manifest, config.split, ("tar", "index")),
+            cache_folder=config.cache_folder,
         )
         self._order = Order(
             shard_sizes=self._files.sizes,
@@ -175,8 +178,9 @@ class ImageLoader:
             return shard
 
     def _opened(self, number: int) -> _OpenShard:
-        places = read_index(str(self._files.path(number, "index")))
-        content = np.asarray(np.memmap(self._files.path(number, "tar"), np.uint8, mode="r"))
+        with self._files.paths(number) as (tar, index):
+            places = read_index(str(index))
+            content = np.asarray(np.memmap(tar, np.uint8, mode="r"))
         return _OpenShard(content, places, places.column(image_suffix(places.suffixes)))
 
 

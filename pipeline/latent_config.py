@@ -137,6 +137,9 @@ class LatentsConfig(Config):
     """CPUs of one worker."""
     num_actors: int | None = None
     """Workers at once; none for as many as the cluster holds."""
+    shards_at_once: int | None = None
+    """Shards that a worker has in hand, so that one is fetched, decoded and written while another is encoded; none is
+    2 on a GPU or where the dataset lies elsewhere, and 1 on CPUs beside it, which have nothing to wait for."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size", "num_cpus"):
@@ -144,6 +147,8 @@ class LatentsConfig(Config):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.num_actors is not None and self.num_actors < 1:
             raise ValueError(f"num_actors must be at least 1, got {self.num_actors}")
+        if self.shards_at_once is not None and self.shards_at_once < 1:
+            raise ValueError(f"shards_at_once must be at least 1, got {self.shards_at_once}")
         if self.image_size in self.crop.more_sizes:
             raise ValueError(f"crop.more_sizes holds image_size {self.image_size} itself")
         for size in self.image_sizes:

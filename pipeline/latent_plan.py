@@ -10,6 +10,7 @@ from ldm.autoencoder.model import Autoencoder
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, TextEncoderKind, text_encoder_digest
 from ldm.first_stage import load_autoencoder
 from ldm.interop.diffusers import weights_digest
+from ldm.storage import is_local
 from pipeline.encode import EncodeStage, picture_config
 from pipeline.encoder import torch_device
 from pipeline.ingest.geometry import landscape_buckets
@@ -70,6 +71,7 @@ def plan_latents(config: LatentsConfig) -> Plan:
             num_gpus=float(is_on_gpu),
             min_actors=config.num_actors or 1,
             max_actors=config.num_actors,
+            tasks_at_once=config.shards_at_once or (1 if is_local(config.dataset) and not is_on_gpu else 2),
         ),
         num_rows=num_rows,
         num_bytes_estimate=num_rows * _bytes_per_row(config, model),

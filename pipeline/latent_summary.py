@@ -9,6 +9,8 @@ from typing import Any
 
 from ldm.autoencoder.regularizer import LatentKind
 from ldm.latents import LatentSpace
+from pipeline.latent_shard import PART_SUFFIXES, TEXT_SUFFIX
+from pipeline.local_shards import FileGroup
 from pipeline.moment_statistics import MomentStatistics, merged
 from pipeline.store.manifest import Manifest, ShardRecord
 from pipeline.store.schema import JSON, Split
@@ -80,6 +82,19 @@ def cached_parts(manifest: Manifest, split: Split, image_size: int = 0) -> list[
         if part["image_size"] == size
     ]
     return sorted(parts, key=lambda part: (part.size, part.shard))
+
+
+def file_groups(manifest: Manifest, split: Split, parts: Sequence[CachedPart]) -> list[FileGroup]:
+    """Return the files that each part is opened from: its own, and the text table of its shard."""
+    shards = [shard for shard in manifest.shards_of(split) if shard.num_rows]
+    return [
+        FileGroup(
+            record=shards[part.shard],
+            suffixes=(*(f"{part.name}.{suffix}".lstrip(".") for suffix in PART_SUFFIXES), TEXT_SUFFIX),
+            num_rows=part.num_rows,
+        )
+        for part in parts
+    ]
 
 
 def cached_size(manifest: Manifest, image_size: int = 0) -> int:

@@ -11,7 +11,7 @@ text, r rows of one tar.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count, groupby
@@ -20,24 +20,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Float64, Int32, Int64
+from jaxtyping import Float16, Float64, Int32, Int64
 from torch import Tensor
 
 from ldm.conditioning.text_embedding import TextEmbedding, condition_of, pad_states
 from ldm.config import Config
 from ldm.randomness import Draw, uniform
 from ldm.types import Condition, LatentBatch
-from pipeline.batch_columns import ColumnDraws, Columns, gathered_columns, joined_columns
-from pipeline.bucket_order import BucketOrder
-from pipeline.latent_shard import PART_SUFFIXES, TEXT_SUFFIX, LatentShard, open_latent_shard
-from pipeline.latent_summary import CachedPart, cached_parts
+from pipeline.batch_columns import Columns, RowDraws, gathered_columns, joined_columns
+from pipeline.bucket_order import BucketOrder, rank_rows
+from pipeline.latent_shard import LatentShard, open_latent_shard
+from pipeline.latent_summary import cached_parts, file_groups
 from pipeline.local_shards import open_local_shards
-from pipeline.order import Order, Positions, Rows, check_world, rank_positions, rows_at, sequential_rows_at
+from pipeline.order import Order, Positions, Rows, check_world, sequential_rows_at
 from pipeline.prefetch import prefetched
-from pipeline.store.manifest import Manifest, ShardRecord
+from pipeline.store.manifest import Manifest
 from pipeline.store.schema import Split
 
 MAX_OPEN_SHARDS = 1024
+AHEAD_WINDOWS = 16
+"""How many windows before it is needed the copy of a shard begins."""
+NUM_CHECKED_WINDOWS = 64
+"""Windows whose shards are compared with the limit of the copies at the start."""
 WINDOW_ROWS = 256
 """Rows of one rank gathered together and then cut into batches: the cost of touching a shard is shared by more rows."""
 
@@ -73,6 +77,8 @@ class LoaderConfig(Config):
     """Batches made ahead of the consumer."""
     cache_folder: str = ""
     """Local folder for copies of a remote root's shards; a local root needs none."""
+    cache_bytes: int = 0
+    """Most bytes of copies in `cache_folder`, for all processes of a machine together; 0 is no limit."""
     has_digest_check: bool = False
     """Whether every file's sha256 is compared at the start (sizes always are)."""
 
@@ -119,21 +125,24 @@ class LatentLoader:
         self._embed = embed
         self._max_tokens = int(manifest.identity["max_tokens"])
         self._parts = cached_parts(manifest, config.split, config.image_size)
-        names = {part.name for part in self._parts}
+        self._has_flips = bool(manifest.identity["flip"])
+        self._num_crops = int(manifest.identity["preprocessing"]["crop"]["count"])
+        self._num_masks = int(manifest.identity.get("columns", {}).get("num_masks", 0))
         self._files = open_local_shards(
-            manifest,
             config.root,
             config.split,
-            lambda shard: _suffixes_of(shard, names),
+            file_groups(manifest, config.split, self._parts),
             cache_folder=config.cache_folder,
+            cache_bytes=config.cache_bytes,
             has_digest_check=config.has_digest_check,
         )
         self._buckets = [list(alike) for _, alike in groupby(self._parts, key=lambda part: part.size)]
-        self._first_parts = np.cumsum([0, *[len(parts) for parts in self._buckets]])
         self._order = self._order_of([[part.num_rows for part in parts] for parts in self._buckets])
         self._in_sequence = Order(shard_sizes=tuple(part.num_rows for part in self._parts), seed=config.seed)
         self._open: OrderedDict[int, LatentShard] = OrderedDict()
         self._lock = Lock()
+        if self._files.is_limited:
+            self._check_room()
 
     @property
     def num_rows(self) -> int:
@@ -147,10 +156,7 @@ class LatentLoader:
             ValueError: if the cache holds several shapes and `samples_seen` is amid a batch.
         """
         self._order.check_start(samples_seen)
-        num_together = max(1, WINDOW_ROWS * self._world // self.config.batch_size)
-        windows = count(samples_seen, num_together * self.config.batch_size)
-        depth = -(-self.config.prefetch_batches // num_together)
-        return self._made_ahead(windows, num_together, depth)
+        return self._made_ahead(samples_seen)
 
     def rows(self, start: int, stop: int) -> LatentBatch:
         """Return rows [start, stop) of the split, shape after shape in the manifest's order, with their first captions.
@@ -161,7 +167,7 @@ class LatentLoader:
         positions, rows = self._fixed(start, stop)
         never = np.zeros(len(positions), bool)
         nought = np.zeros(len(positions))
-        gathered = self._gathered(positions, rows, _Draws(nought, never, never, nought, nought))
+        gathered = self._gathered(positions, rows, RowDraws(nought, never, never, nought, nought))
         return self._batch(gathered, 0, len(positions))
 
     def spans(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
@@ -175,6 +181,7 @@ class LatentLoader:
     def captions(self, start: int, stop: int) -> list[str]:
         """Return the first caption of rows [start, stop) of the split, in the order of `rows`."""
         _, rows = self._fixed(start, stop)
+        self._use(sorted(set(rows.shards.tolist())))
         first = []
         for part, row in zip(rows.shards.tolist(), rows.rows.tolist(), strict=True):
             shard = self._shard(part)
@@ -184,7 +191,9 @@ class LatentLoader:
 
     def null_condition(self, batch_size: int) -> Condition:
         """Return the condition of the empty caption, `batch_size` times."""
-        table = self._shard(0).text
+        with self._lock:
+            number = next(iter(self._open), 0)  # all tars have the same one, and of some there may be no copy
+        table = self._shard(number).text
         null = table.embedding(0) if self._embed is None else self._embed([table.ids(0)])[0]
         return condition_of([null] * batch_size, self._max_tokens)
 
@@ -201,12 +210,39 @@ class LatentLoader:
         ]
         return BucketOrder(buckets=tuple(rows), batch_size=config.batch_size, seed=config.seed)
 
-    def _made_ahead(self, windows: Iterator[int], num_together: int, depth: int) -> Iterator[LatentBatch]:
-        with closing(
-            prefetched(lambda start: self._window(start, num_together), windows, depth, self._record_wait)
-        ) as made:
-            for window in made:
-                yield from window
+    @property
+    def _batches_together(self) -> int:
+        """Global batches that are gathered together."""
+        return max(1, WINDOW_ROWS * self._world // self.config.batch_size)
+
+    def _made_ahead(self, samples_seen: int) -> Iterator[LatentBatch]:
+        together = self._batches_together
+        step = together * self.config.batch_size
+        depth = -(-self.config.prefetch_batches // together)
+        with self._files.fetching_ahead(self._shards_between) as fetch_ahead:
+
+            def drawn(start: int) -> list[LatentBatch]:
+                ahead = start + AHEAD_WINDOWS * step
+                fetch_ahead(ahead, ahead + step)
+                return self._window(start, together)
+
+            with closing(prefetched(drawn, count(samples_seen, step), depth, self._record_wait)) as made:
+                for window in made:
+                    yield from window
+
+    def _shards_between(self, start: int, stop: int) -> list[int]:
+        """Return the tars of this rank's rows of the batches between two positions."""
+        num_batches = (stop - start) // self.config.batch_size
+        parts = rank_rows(self._order, start, num_batches, self._rank, self._world)
+        return sorted({int(number) for part in parts for number in np.unique(part.rows.shards)})
+
+    def _check_room(self) -> None:
+        """Refuse a limit below what a window needs; the largest are those in which all streams change their blocks."""
+        block = self.config.num_streams * self.config.block_rows
+        step = self._batches_together * self.config.batch_size
+        for border in range(0, min(self.num_rows, NUM_CHECKED_WINDOWS * block), block):
+            start = max(0, border - step // 2) // self.config.batch_size * self.config.batch_size
+            self._files.check_room(self._shards_between(start, start + step))
 
     def _record_wait(self, seconds: float) -> None:
         self.wait_seconds += seconds
@@ -219,45 +255,33 @@ class LatentLoader:
 
     def _window(self, start: int, num_batches: int) -> list[LatentBatch]:
         """Return this rank's share of some global batches from `start` on; those of one shape gathered at once."""
-        size, share = self.config.batch_size, self.config.batch_size // self._world
-        starts = range(start, start + num_batches * size, size)
-        places = [self._order.place_of(first) for first in starts]
+        share = self.config.batch_size // self._world
         batches: dict[int, LatentBatch] = {}
-        for bucket in sorted({place.bucket for place in places}):
-            here = [number for number, place in enumerate(places) if place.bucket == bucket]
-            own = [
-                rank_positions(places[number].first, places[number].first + size, self._rank, self._world)
-                for number in here
-            ]
-            shifts = [starts[number] - places[number].first for number in here]
-            positions = np.concatenate([part + shift for part, shift in zip(own, shifts, strict=True)])
-            rows = rows_at(self._order.buckets[bucket], np.concatenate(own))
-            rows = Rows(rows.shards + self._first_parts[bucket], rows.rows)
-            together = self._gathered(positions, rows, self._draws(positions))
-            for place, number in enumerate(here):
+        for part in rank_rows(self._order, start, num_batches, self._rank, self._world):
+            together = self._gathered(part.positions, part.rows, self._draws(part.positions))
+            for place, number in enumerate(part.batches):
                 batches[number] = self._batch(together, place * share, (place + 1) * share)
         return [batches[number] for number in range(num_batches)]
 
-    def _draws(self, positions: Positions) -> _Draws:
+    def _draws(self, positions: Positions) -> RowDraws:
         """Return what is drawn for each of some positions."""
-        shard = self._shard(0)
         never, nought = np.zeros(len(positions), bool), np.zeros(len(positions))
-        return _Draws(
+        return RowDraws(
             quantiles=self._uniform(Draw.CAPTION, positions),
             dropped=self._uniform(Draw.DROPOUT, positions) < self.config.caption_dropout,
-            flipped=self._uniform(Draw.FLIP, positions) < 0.5 if shard.has_flips else never,
-            crops=self._uniform(Draw.CROP, positions) if shard.columns.num_crops > 1 else nought,
-            masks=self._uniform(Draw.MASK, positions) if shard.num_masks > 1 else nought,
+            flipped=self._uniform(Draw.FLIP, positions) < 0.5 if self._has_flips else never,
+            crops=self._uniform(Draw.CROP, positions) if self._num_crops > 1 else nought,
+            masks=self._uniform(Draw.MASK, positions) if self._num_masks > 1 else nought,
         )
 
     def _uniform(self, draw: Draw, positions: Positions) -> Float64[np.ndarray, " b"]:
         drawn: Float64[np.ndarray, " b"] = uniform(self.config.seed, draw, positions).numpy()
         return drawn
 
-    def _gathered(self, positions: Positions, rows: Rows, draws: _Draws) -> _Gathered:
+    def _gathered(self, positions: Positions, rows: Rows, draws: RowDraws) -> _Gathered:
         """Return rows of one shape; the shards of `rows` are numbers of tars."""
         numbers = np.unique(rows.shards)
-        self._fetch(numbers.tolist())
+        self._use(numbers.tolist())
         shape = self._shard(int(numbers[0])).moments.shape
         moments = np.empty((len(positions), *shape), np.float16)
         keys = [""] * len(positions)
@@ -307,47 +331,25 @@ class LatentLoader:
             columns={name: column[start:stop] for name, column in rows.columns.items()},
         )
 
-    def _fetch(self, numbers: Sequence[int]) -> None:
-        """Have the files of several tars here, those of a remote root copied at once."""
-        missing = [number for number in numbers if number not in self._open]
-        self._files.fetch([name for number in missing for name in _files_of(self._parts[number])])
+    def _use(self, numbers: Sequence[int]) -> None:
+        """Have tars here; under a limit let go of all others, since deleting an open file frees nothing."""
+        if self._files.is_limited:
+            with self._lock:
+                for number in self._open.keys() - set(numbers):
+                    del self._open[number]
+        self._files.use(numbers)
 
     def _shard(self, number: int) -> LatentShard:
         """Return a tar's memory maps; the most recently used ones stay open."""
         with self._lock:
             shard = self._open.pop(number, None)
             if shard is None:
-                shard = open_latent_shard(*(self._files.path(*name) for name in _files_of(self._parts[number])))
+                with self._files.paths(number) as paths:
+                    shard = open_latent_shard(*paths)
             self._open[number] = shard
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
             return shard
-
-
-class _Draws(NamedTuple):
-    """What is drawn for each row of a batch.
-
-    Attributes:
-        quantiles: where in [0, 1) of its captions a row's choice lies.
-        dropped: whether the caption is replaced by the empty one.
-        flipped: whether the moments are those of the mirrored image.
-        crops: where in [0, 1) of its crops a row's choice lies.
-        masks: where in [0, 1) of its masks a row's choice lies.
-    """
-
-    quantiles: Float64[np.ndarray, " b"]
-    dropped: Bool[np.ndarray, " b"]
-    flipped: Bool[np.ndarray, " b"]
-    crops: Float64[np.ndarray, " b"]
-    masks: Float64[np.ndarray, " b"]
-
-    def of(self, places: Places, shard: LatentShard) -> ColumnDraws:
-        """Return the choices of rows of one tar."""
-        return ColumnDraws(
-            flipped=self.flipped[places],
-            crops=(self.crops[places] * shard.columns.num_crops).astype(np.int64),
-            masks=(self.masks[places] * shard.num_masks).astype(np.int64),
-        )
 
 
 class _Gathered(NamedTuple):
@@ -359,18 +361,6 @@ class _Gathered(NamedTuple):
     condition: Condition | None
     ids: list[Any]
     columns: dict[str, Tensor]
-
-
-def _suffixes_of(shard: ShardRecord, part_names: Set[str]) -> list[str]:
-    """Return the files of a shard that hold any of the parts."""
-    there = [part["name"] for part in shard.details["parts"] if part["name"] in part_names]
-    return [f"{name}.{suffix}".lstrip(".") for name in there for suffix in PART_SUFFIXES] + [TEXT_SUFFIX]
-
-
-def _files_of(part: CachedPart) -> list[tuple[int, str]]:
-    """Return the shard and the suffix of each file that a part is opened from."""
-    own = [(part.shard, f"{part.name}.{suffix}".lstrip(".")) for suffix in PART_SUFFIXES]
-    return [*own, (part.shard, TEXT_SUFFIX)]
 
 
 def _condition(

@@ -1,135 +1,246 @@
 """Files of a finished folder on this machine: checked against the manifest, fetched where they lie elsewhere.
 
 Order: every file that the manifest names is there, whole → its sha256 is compared, on demand → a shard of a
-non-local root is copied into the cache folder the first time it is asked for, and its sha256 compared.
+non-local root is copied into the cache folder when it is asked for, or ahead of that, and its sha256 compared.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
-from ldm.storage import exists, is_local, join, list_names, read_bytes, sha256_of, write_bytes
+from ldm.storage import exists, is_local, join, list_names, sha256_of
+from pipeline.shard_cache import CachedFile, Hold, ShardCache
 from pipeline.store.manifest import FileRecord, Manifest, ShardRecord, shard_path
 from pipeline.store.schema import Split
 
 NUM_READERS = 8
+CACHE_NAME = "shard-cache"
+"""Folder of the copies inside the cache folder, which may hold a person's other things."""
 
-SuffixesOf = Callable[[ShardRecord], Sequence[str]]
-"""Returns which files of a shard are used."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileGroup:
+    """Files of one shard that are used together; a shard may have several groups.
+
+    Attributes:
+        record: the shard.
+        suffixes: which of its files, such as ("tar", "index").
+        num_rows: rows in them.
+    """
+
+    record: ShardRecord
+    suffixes: tuple[str, ...]
+    num_rows: int
+
+
+def groups_of(manifest: Manifest, split: Split, suffixes: tuple[str, ...]) -> list[FileGroup]:
+    """Return one group for each shard of a split that has rows, in the manifest's order."""
+    shards = [shard for shard in manifest.shards_of(split) if shard.num_rows]
+    return [FileGroup(record=shard, suffixes=suffixes, num_rows=shard.num_rows) for shard in shards]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalShards:
-    """One split's shards, each file of which can be had as a local path.
+    """Groups of files of one split, each of which can be had as local paths; a shard is one such group here.
 
     Attributes:
         root: the finished folder, anywhere.
-        shards: the split's records, in the manifest's order.
-        suffixes_of: the files of a shard that are used, such as "tar" and "index".
-        cache_folder: where copies of a non-local root's files go; unused for a local one.
+        shards: the groups.
+        cache: where copies of a non-local root's files lie; none for a local one.
     """
 
     root: str
-    shards: tuple[ShardRecord, ...]
-    suffixes_of: SuffixesOf
-    cache_folder: str
+    shards: tuple[FileGroup, ...]
+    cache: ShardCache | None
+    _used: dict[int, Hold] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Rows of each shard."""
         return tuple(shard.num_rows for shard in self.shards)
 
-    def fetch(self, names: Sequence[tuple[int, str]]) -> None:
-        """Copy files, given by shard and suffix, of a non-local root at once; does nothing for a local one."""
-        if names and not is_local(self.root):
-            with ThreadPoolExecutor(NUM_READERS) as readers:
-                list(readers.map(lambda name: self.path(*name), names))
+    @property
+    def is_limited(self) -> bool:
+        """Whether only so many bytes of copies may be there, so that shards not in use should be closed."""
+        return self.cache is not None and self.cache.limit_bytes > 0
 
-    def path(self, shard: int, suffix: str) -> Path:
-        """Return the local path of a file, copying it first if need be.
+    @contextmanager
+    def paths(self, shard: int) -> Iterator[tuple[Path, ...]]:
+        """Yield the local paths of a shard's files in the order of its suffixes, copied first if need be.
+
+        No process deletes them before the block ends; what is mapped into memory by then stays readable.
 
         Raises:
-            ValueError: if the bytes that came are not those of the manifest.
+            ValueError: if the bytes that came are not those of the manifest, or there is no room for them.
         """
-        record = self.shards[shard]
-        source = shard_path(self.root, record.split, record.name, suffix)
-        if is_local(self.root):
-            return Path(source.removeprefix("file://"))
-        expected = record.files[suffix]
-        # The digest in the name keeps copies of two versions of one folder apart.
-        target = Path(self.cache_folder, record.split.value, f"{record.name}-{expected.sha256[:16]}.{suffix}")
-        if not (target.exists() and target.stat().st_size == expected.num_bytes):
-            content = read_bytes(source)
-            _check_digest(source, hashlib.sha256(content).hexdigest(), expected)
-            write_bytes(str(target), content)
-        return target
+        files = self._files(shard)
+        held = nullcontext() if self.cache is None else closing(self._held(shard))
+        with held:
+            yield tuple(file.target for file in files)
+
+    def use(self, shards: Sequence[int]) -> None:
+        """Have the files of all these shards here, several copied at once; does nothing for a local root.
+
+        Under a limit they stay until the next call, and those of the call before may go.
+
+        Raises:
+            ValueError: as `paths`, or if the limit is less than these shards take.
+        """
+        if self.cache is None:
+            return
+        self.check_room(shards)
+        with self._lock:
+            for shard in self._used.keys() - set(shards):
+                self._used.pop(shard).close()
+            new = [shard for shard in shards if shard not in self._used]
+            if new:
+                with ThreadPoolExecutor(min(NUM_READERS, len(new))) as readers:
+                    list(readers.map(self._use, new))
+
+    def check_room(self, shards: Sequence[int]) -> None:
+        """Refuse a limit that does not hold these shards at once; raises ValueError with both figures."""
+        if self.cache is None or not self.cache.limit_bytes:
+            return
+        sizes = {file.target: file.record.num_bytes for shard in shards for file in self._files(shard)}
+        needed = sum(sizes.values())
+        if needed > self.cache.limit_bytes:
+            raise ValueError(
+                f"cache_bytes is {self.cache.limit_bytes:,}, and the {len(shards)} shards of {self.root} that rows "
+                f"are drawn from at once take {needed:,}: raise it, or lower num_streams or block_rows"
+            )
+
+    @contextmanager
+    def fetching_ahead(
+        self, shards_between: Callable[[int, int], Sequence[int]]
+    ) -> Iterator[Callable[[int, int], None]]:
+        """Yield what begins to copy the shards of some positions in the background, and returns at once.
+
+        Shards for which there is no room are left out. What goes wrong is raised when the shard is used, where all
+        attempts are made again.
+        """
+        if self.cache is None:
+            yield lambda start, stop: None
+            return
+        asked: set[int] = set()
+        readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="ahead")
+
+        def fetch(start: int, stop: int) -> None:
+            shards = shards_between(start, stop)
+            for shard in shards:
+                if shard not in asked:
+                    readers.submit(self._fetch, shard)
+            asked.clear()
+            asked.update(shards)
+
+        try:
+            yield fetch
+        finally:
+            readers.shutdown(wait=True, cancel_futures=True)
+
+    def _files(self, shard: int) -> tuple[CachedFile, ...]:
+        """Return a shard's files; those of a local root are their own copies."""
+        record, suffixes = self.shards[shard].record, self.shards[shard].suffixes
+        sources = [shard_path(self.root, record.split, record.name, suffix) for suffix in suffixes]
+        if self.cache is None:
+            targets = [Path(source.removeprefix("file://")) for source in sources]
+        else:
+            # The digest in the name keeps copies of two versions of one folder apart.
+            digests = "".join(record.files[suffix].sha256 for suffix in sorted(record.files))
+            digest = hashlib.sha256(digests.encode()).hexdigest()[:16]
+            folder = self.cache.folder / record.split.value / f"{record.name}-{digest}"
+            targets = [folder / f"{record.name}.{suffix}" for suffix in suffixes]
+        return tuple(
+            CachedFile(source=source, target=target, record=record.files[suffix])
+            for source, target, suffix in zip(sources, targets, suffixes, strict=True)
+        )
+
+    def _held(self, shard: int) -> Hold:
+        assert self.cache is not None
+        hold = self.cache.hold(self._files(shard))
+        assert hold is not None
+        return hold
+
+    def _use(self, shard: int) -> None:
+        hold = self._held(shard)
+        if not self.is_limited:  # nobody here deletes, and there may be more shards than a process may have files
+            hold.close()
+        self._used[shard] = hold
+
+    def _fetch(self, shard: int) -> None:
+        assert self.cache is not None
+        hold = self.cache.hold(self._files(shard), is_needed=False)
+        if hold is not None:
+            hold.close()
 
 
 def open_local_shards(
-    manifest: Manifest,
     root: str,
     split: Split,
-    suffixes_of: SuffixesOf,
+    groups: Sequence[FileGroup],
     *,
     cache_folder: str = "",
+    cache_bytes: int = 0,
     has_digest_check: bool = False,
 ) -> LocalShards:
-    """Return a split's shards after checking that every file the manifest names is there and whole.
+    """Return groups of files of a split after checking that every file the manifest names is there and whole.
 
     Raises:
         ValueError: if the split has no rows, a file is missing, truncated or (checked on demand) altered, each named,
             or the root is not local and no cache folder is given.
     """
-    shards = tuple(shard for shard in manifest.shards_of(split) if shard.num_rows)
-    if not shards:
+    if not groups:
         raise ValueError(f"{root} has no rows in its split {split.value!r}")
     if not is_local(root) and not cache_folder:
         raise ValueError(f"{root} is not on this machine: give a cache_folder for local copies of its shards")
-    local = LocalShards(root=root, shards=shards, suffixes_of=suffixes_of, cache_folder=cache_folder)
-    names = [(number, suffix) for number, shard in enumerate(shards) for suffix in suffixes_of(shard)]
-    problems = _size_problems(local, names) if is_local(root) else _absences(local, split, names)
+    cache = None if is_local(root) else ShardCache(Path(cache_folder, CACHE_NAME), cache_bytes)
+    local = LocalShards(root=root, shards=tuple(groups), cache=cache)
+    names = sorted({f"{group.record.name}.{suffix}" for group in groups for suffix in group.suffixes})
+    problems = _size_problems(local) if cache is None else _absences(local, split, names)
     if not problems and has_digest_check:
         with ThreadPoolExecutor(NUM_READERS) as readers:
-            problems = [
-                problem for problem in readers.map(lambda name: _digest_problem(local, *name), names) if problem
-            ]
+            found = readers.map(lambda shard: _digest_problems(local, shard), range(len(groups)))
+            problems = [problem for of_shard in found for problem in of_shard]
     if problems:
         shown = "\n  ".join(problems[:10])
         raise ValueError(f"{len(problems)} of {len(names)} files of {root} cannot be used:\n  {shown}")
     return local
 
 
-def _size_problems(local: LocalShards, names: Sequence[tuple[int, str]]) -> list[str]:
+def _size_problems(local: LocalShards) -> list[str]:
     problems = []
-    for shard, suffix in names:
-        path, expected = local.path(shard, suffix), local.shards[shard].files[suffix].num_bytes
-        if not path.exists():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != expected:
-            problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {expected}")
+    files = {file.target: file for shard in range(len(local.shards)) for file in local._files(shard)}
+    for file in files.values():
+        expected = file.record.num_bytes
+        if not file.target.exists():
+            problems.append(f"{file.target} is missing")
+        elif file.target.stat().st_size != expected:
+            problems.append(f"{file.target} has {file.target.stat().st_size} bytes, the manifest says {expected}")
     return problems
 
 
-def _absences(local: LocalShards, split: Split, names: Sequence[tuple[int, str]]) -> list[str]:
+def _absences(local: LocalShards, split: Split, names: Sequence[str]) -> list[str]:
     """Return which files of a remote root are missing: one listing; sizes and digests are compared when copied."""
     there = set(list_names(join(local.root, split.value))) if exists(local.root) else set()
-    wanted = [f"{local.shards[shard].name}.{suffix}" for shard, suffix in names]
-    return [f"{join(local.root, split.value, name)} is missing" for name in wanted if name not in there]
+    return [f"{join(local.root, split.value, name)} is missing" for name in names if name not in there]
 
 
-def _digest_problem(local: LocalShards, shard: int, suffix: str) -> str | None:
+def _digest_problems(local: LocalShards, shard: int) -> list[str]:
     try:
-        path = str(local.path(shard, suffix))
-        _check_digest(path, sha256_of(path), local.shards[shard].files[suffix])
-    except ValueError as error:
-        return str(error)
-    return None
+        with local.paths(shard) as paths:
+            group = local.shards[shard]
+            records = [group.record.files[suffix] for suffix in group.suffixes]
+            return [problem for path, record in zip(paths, records, strict=True) if (problem := _fault(path, record))]
+    except ValueError as error:  # what came could not be copied
+        return [str(error)]
 
 
-def _check_digest(path: str, found: str, expected: FileRecord) -> None:
-    if found != expected.sha256:
-        raise ValueError(f"{path} has sha256 {found}, the manifest says {expected.sha256}")
+def _fault(path: Path, expected: FileRecord) -> str:
+    found = sha256_of(str(path))
+    return "" if found == expected.sha256 else f"{path} has sha256 {found}, the manifest says {expected.sha256}"

@@ -37,7 +37,7 @@ class ShardTask:
 
 
 class Stage(Protocol):
-    """What turns one task into one shard; built once in each worker."""
+    """What turns one task into one shard; built once in each worker, called from several threads if plans say so."""
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Publish the shard's files and return their record, not yet committed; `source` is the task's digest."""
@@ -54,6 +54,7 @@ class Resources:
         min_actors: workers that stay, however little there is to do.
         max_actors: workers at once; None for as many as the cluster holds.
         label: a Ray resource that a node must offer to get a worker, such as "ingest"; empty for any node.
+        tasks_at_once: shards that a worker makes at once, on threads; its stage must allow for that.
     """
 
     num_cpus: float = 1.0
@@ -61,6 +62,7 @@ class Resources:
     min_actors: int = 1
     max_actors: int | None = None
     label: str = ""
+    tasks_at_once: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +119,7 @@ def describe(plan: Plan) -> str:
     needs = plan.resources
     workers = "as many as fit" if needs.max_actors is None else f"{needs.min_actors} to {needs.max_actors}"
     where = f" on nodes with {needs.label}" if needs.label else ""
+    at_once = f", {needs.tasks_at_once} shards at once" if needs.tasks_at_once > 1 else ""
     shards_of_split = Counter(task.split.value for task in plan.tasks)
     lines = [
         f"{plan.kind} in {plan.root}",
@@ -124,6 +127,6 @@ def describe(plan: Plan) -> str:
         f"  shards   {len(plan.tasks)} ({', '.join(f'{split} {n}' for split, n in shards_of_split.items())})",
         f"  there    {len(plan.tasks) - len(todo)}, missing {len(todo)}",
         f"  to write about {plan.estimate(todo) / 1e6:.1f} MB",
-        f"  workers  {workers}, each with {needs.num_cpus:g} CPU and {needs.num_gpus:g} GPU{where}",
+        f"  workers  {workers}, each with {needs.num_cpus:g} CPU and {needs.num_gpus:g} GPU{where}{at_once}",
     ]
     return "\n".join(lines)

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from pipeline.effort import Effort, WorkByWorker
+
 SECONDS_BETWEEN_LINES = 15.0
 """Where there is no terminal, such as in the log of a cluster job."""
 NUM_REASONS = 3
@@ -26,14 +28,22 @@ KEPT = "ok"
 class ShardProgress:
     """Counts shards and rows as they are committed, and shows them."""
 
-    def __init__(self, what: str, num_shards: int, num_there: int, console: Console | None = None) -> None:
-        """Show `num_there` of `num_shards` shards as done already."""
+    def __init__(
+        self,
+        what: str,
+        num_shards: int,
+        num_there: int,
+        console: Console | None = None,
+        work: WorkByWorker | None = None,
+    ) -> None:
+        """Show `num_there` of `num_shards` shards as done already; `work` adds up what the others take."""
         self.what = what
         self.num_shards = num_shards
         self.num_there = num_there
         self.num_done = num_there
         self.num_rows = 0
         self.counts = Counter[str]()
+        self.work = work or WorkByWorker()
         self.console = console or Console(stderr=True)
         self.started = self.last_line = time.monotonic()
         self.bar = Progress(
@@ -59,8 +69,10 @@ class ShardProgress:
     ) -> None:
         self.bar.stop()
 
-    def advance(self, num_rows: int, counts: Mapping[str, int]) -> None:
-        """Count one more shard of `num_rows` rows, made of input rows with these statuses."""
+    def advance(self, num_rows: int, counts: Mapping[str, int], effort: Effort | None = None) -> None:
+        """Count one more shard of `num_rows` rows, made of input rows with these statuses, and what it took."""
+        if effort is not None:
+            self.work.add(effort)
         self.num_done += 1
         self.num_rows += num_rows
         self.counts.update(counts)
@@ -83,7 +95,18 @@ class ShardProgress:
         if rejected:
             top = sorted(rejected.items(), key=lambda item: (-item[1], item[0]))[:NUM_REASONS]
             values += f" ({', '.join(f'{reason} {count}' for reason, count in top)})"
-        return values
+        return values + self._work()
+
+    def _work(self) -> str:
+        """Return images a second of one worker, how busy its encoder is and how long that waits for images."""
+        num_workers = len(self.work.by_name())
+        if not num_workers:
+            return ""
+        work = self.work.together()
+        return (
+            f", {num_workers} workers at {work.rows_per_second:.1f} images/s, "
+            f"encoder busy {100 * work.busy_share:.0f} %, data wait {100 * work.wait_share:.0f} %"
+        )
 
     def _line(self, elapsed_seconds: float, values: str) -> str:
         num_made = self.num_done - self.num_there

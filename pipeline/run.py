@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -23,8 +26,10 @@ from ray.data.context import ShuffleStrategy
 from ray.exceptions import RayError
 
 from ldm.storage import check_writable, exists, read_text, remove_partials
+from pipeline.effort import Effort, TimedStage, WorkByWorker
 from pipeline.plan import Plan, Resources, ShardTask, Stage, missing
 from pipeline.progress import ShardProgress
+from pipeline.starts import StartCounter, Turns
 from pipeline.store.manifest import (
     RECORD_SUFFIX,
     Manifest,
@@ -66,6 +71,7 @@ class RunReport:
         seconds: wall-clock time.
         counts: input rows by status in the shards made now.
         manifest: the finished folder.
+        work: what the workers did, where the stage says so.
     """
 
     num_rows: int
@@ -74,6 +80,7 @@ class RunReport:
     seconds: float
     counts: Mapping[str, int]
     manifest: Manifest
+    work: WorkByWorker = field(default_factory=WorkByWorker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +106,8 @@ def run(plan: Plan) -> RunReport:
     remove_partials(plan.root)
     if plan.prepare is not None:
         plan.prepare(todo)
-    made = make(plan, todo)
+    work = WorkByWorker()
+    made = make(plan, todo, work=work)
     remove_partials(plan.root)  # what killed workers left
     manifest = _publish(plan)
     if plan.finish is not None:
@@ -111,11 +119,18 @@ def run(plan: Plan) -> RunReport:
         seconds=time.monotonic() - started,
         counts=_total(record.counts for record in made),
         manifest=manifest,
+        work=work,
     )
 
 
-def make(plan: Plan, todo: Sequence[ShardTask], title: str = "") -> list[ShardRecord]:
+def make(plan: Plan, todo: Sequence[ShardTask], title: str = "", work: WorkByWorker | None = None) -> list[ShardRecord]:
     """Make and commit shards, the failed ones twice more, and return the records of all.
+
+    Args:
+        plan: where, and by what.
+        todo: the shards.
+        title: what a person reads beside the progress; the plan's kind by default.
+        work: adds up what the shards took, where the stage says so.
 
     Raises:
         RuntimeError: as `run`.
@@ -126,7 +141,8 @@ def make(plan: Plan, todo: Sequence[ShardTask], title: str = "") -> list[ShardRe
     counter = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(StartCounter).remote()
     made: list[ShardRecord] = []
     failures = [_Failure(task, "") for task in todo]
-    with ShardProgress(title or plan.kind, len(plan.tasks), len(plan.tasks) - len(todo)) as progress:
+    num_there = len(plan.tasks) - len(todo)
+    with ShardProgress(title or plan.kind, len(plan.tasks), num_there, work=work) as progress:
         for attempt in range(NUM_ATTEMPTS):
             done, failures = _attempt(plan, [failure.task for failure in failures], counter, progress)
             made += done
@@ -168,20 +184,8 @@ def shuffle(
                 yield batch
 
 
-class StartCounter:
-    """An actor that outlives the workers and counts how often each shard was begun."""
-
-    def __init__(self) -> None:
-        self.starts = Counter[str]()
-
-    def begin(self, task: str) -> int:
-        """Count one more start of a task and return how many there were."""
-        self.starts[task] += 1
-        return self.starts[task]
-
-
 class ShardWorker:
-    """Runs a plan's stage on tasks inside one actor and commits what it makes."""
+    """Runs a plan's stage on tasks inside one actor, on one or more threads, and commits what it makes."""
 
     def __init__(self, root: str, make_stage: Callable[[], Stage], counter: Any) -> None:
         """Keep the recipe of the stage; it is built for the first task, where a failure can be reported."""
@@ -189,22 +193,49 @@ class ShardWorker:
         self.make_stage = make_stage
         self.counter = counter
         self.stage: Stage | None = None
+        self.building = Lock()
+        self.turns = Turns()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Make one shard; return its record, or the error's text, as JSON."""
-        task = _task_of(row["task"])
+        """Make one shard; return its record and what it took, or the error's text, as JSON."""
         try:
-            num_starts = ray.get(self.counter.begin.remote(row["task"]))
-            if num_starts > MAX_STARTS:
-                return {"task": row["task"], "record": "", "error": f"its worker process died {MAX_STARTS} times"}
-            record = self._committed(task) if num_starts > 1 else None
-            if record is None:
-                self.stage = self.stage or self.make_stage()
-                record = self.stage(task)
-                commit_shard(self.root, record)
+            is_suspect = ray.get(self.counter.count.remote(row["task"])) > 0
+            with self.turns.alone() if is_suspect else self.turns.together():
+                num_starts = ray.get(self.counter.begin.remote(row["task"]))
+                if num_starts > MAX_STARTS:
+                    return _outcome(row["task"], error=f"its worker process died {MAX_STARTS} times")
+                return self._made(row["task"], has_begun_before=num_starts > 1)
         except Exception:  # noqa: BLE001 - reported to the driver, which tries again and then fails the job with it
-            return {"task": row["task"], "record": "", "error": traceback.format_exc()}
-        return {"task": row["task"], "record": json.dumps(record.to_dict()), "error": ""}
+            return _outcome(row["task"], error=traceback.format_exc())
+
+    def built(self) -> Stage:
+        """Return the stage, which the first thread builds."""
+        with self.building:
+            self.stage = self.stage or self.make_stage()
+            return self.stage
+
+    def _made(self, text: str, *, has_begun_before: bool) -> dict[str, Any]:
+        task = _task_of(text)
+        record = self._committed(task) if has_begun_before else None
+        if record is not None:
+            return _outcome(text, record)
+        stage = self.built()
+        begun = time.time()
+        record = stage(task)
+        commit_shard(self.root, record)
+        if not isinstance(stage, TimedStage):
+            return _outcome(text, record)
+        timers = stage.take_timers(task)
+        effort = Effort(
+            worker=f"{platform.node()} {os.getpid()}",
+            begun=begun,
+            ended=time.time(),
+            num_rows=record.num_rows,
+            num_bytes=record.num_bytes,
+            busy_seconds=timers.busy_seconds,
+            wait_seconds=timers.wait_seconds,
+        )
+        return _outcome(text, record, effort)
 
     def _committed(self, task: ShardTask) -> ShardRecord | None:
         """Return the shard's record if an earlier start of the same task came as far as its commit."""
@@ -214,6 +245,18 @@ class ShardWorker:
         record = ShardRecord.from_dict(json.loads(read_text(path)))
         is_whole = all(exists(shard_path(self.root, task.split, task.name, suffix)) for suffix in record.files)
         return record if is_whole and record.source == task.source_digest else None
+
+
+def _outcome(
+    task: str, record: ShardRecord | None = None, effort: Effort | None = None, error: str = ""
+) -> dict[str, str]:
+    """Return a row of the outcomes; what the shard took stands beside its record, which is the same whoever made it."""
+    return {
+        "task": task,
+        "record": json.dumps(record.to_dict()) if record else "",
+        "effort": json.dumps(effort.to_dict()) if effort else "",
+        "error": error,
+    }
 
 
 def _publish(plan: Plan) -> Manifest:
@@ -236,20 +279,22 @@ def _attempt(
     causes: dict[ShardTask, str] = {}
     silence = "its outcome never came back"
     try:
-        for task, outcome in _outcomes(plan, tasks, counter):
-            if isinstance(outcome, str):
-                causes[task] = outcome
-            else:
-                made[task] = outcome
-                progress.advance(outcome.num_rows, outcome.counts)
+        for outcome in _outcomes(plan, tasks, counter):
+            task = _task_of(outcome["task"])
+            if outcome["error"]:
+                causes[task] = outcome["error"]
+                continue
+            record = made[task] = ShardRecord.from_dict(json.loads(outcome["record"]))
+            effort = Effort(**json.loads(outcome["effort"])) if outcome["effort"] else None
+            progress.advance(record.num_rows, record.counts, effort)
     except RayError as error:
         silence = f"Ray gave up: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
     failures = [_Failure(task, causes.get(task, silence)) for task in tasks if task not in made]
     return list(made.values()), failures
 
 
-def _outcomes(plan: Plan, tasks: Sequence[ShardTask], counter: Any) -> Iterator[tuple[ShardTask, ShardRecord | str]]:
-    """Yield what became of each task, its record or its error, as it becomes known."""
+def _outcomes(plan: Plan, tasks: Sequence[ShardTask], counter: Any) -> Iterator[dict[str, str]]:
+    """Yield what became of each task, a row as `_outcome` gives it, as it becomes known."""
     needs = plan.resources
     rows = [{"task": json.dumps(asdict(task))} for task in tasks]
     with DataContext.current(_quiet_context()):
@@ -261,9 +306,7 @@ def _outcomes(plan: Plan, tasks: Sequence[ShardTask], counter: Any) -> Iterator[
             num_gpus=needs.num_gpus,
             resources={needs.label: LABEL_SHARE} if needs.label else {},
         )
-        for outcome in outcomes.iter_rows():
-            task = _task_of(outcome["task"])
-            yield task, outcome["error"] or ShardRecord.from_dict(json.loads(outcome["record"]))
+        yield from outcomes.iter_rows()
 
 
 def _task_of(text: str) -> ShardTask:
@@ -278,7 +321,7 @@ def _quiet_context() -> DataContext:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # One task at a time in each worker is a full pool; by default Ray grows it only when tasks queue up in it.
+    # A worker that has as many tasks as it does at once is full; by default Ray adds one only when tasks queue up too.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     # Tasks that spill to disk, in place of one long-lived process for each of 200 partitions.
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
@@ -298,11 +341,15 @@ def _pool(needs: Resources, num_tasks: int) -> ActorPoolStrategy:
         raise ValueError(f"a worker needs {wanted}, the Ray cluster has {has}")
     largest = min(needs.max_actors or fits, num_tasks)
     smallest = min(needs.min_actors, largest)
+    # The first worker that is up is given all that it does at once, so where tasks are few each gets its share only.
+    at_once = min(needs.tasks_at_once, max(1, num_tasks // largest))
     return ActorPoolStrategy(
         min_size=smallest,
         max_size=largest,
         initial_size=min(largest, max(smallest, fits)),
-        max_tasks_in_flight_per_actor=1,
+        max_tasks_in_flight_per_actor=at_once,
+        max_concurrent_calls_per_actor=at_once,
+        enable_true_multi_threading=at_once > 1,
     )
 
 

@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>"
@@ -45,6 +46,10 @@ class ChaosProxy:
         is_ready.set()
         await stop.wait()
         server.close()
+        answering = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in answering:
+            task.cancel()
+        await asyncio.gather(*answering, return_exceptions=True)
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -84,7 +89,51 @@ class ChaosProxy:
 @contextmanager
 def chaos_proxy(upstream: str, seed: int) -> Iterator[ChaosProxy]:
     """Run a proxy in a thread of its own."""
-    proxy = ChaosProxy(upstream, seed)
+    with running(ChaosProxy(upstream, seed)) as proxy:
+        yield proxy
+
+
+class Link(ChaosProxy):
+    """A link that is as slow, or as wrong, as a test says, for downloads of tars; it counts them by path.
+
+    Attributes:
+        seconds: how long the body of an answer takes.
+        num_wrong: how many of the next answers have a bit turned.
+        num_cut: how many of the next answers break off.
+        downloads: tars asked for.
+    """
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(upstream, 0)
+        self.seconds = 0.0
+        self.num_wrong = self.num_cut = 0
+        self.downloads = Counter[str]()
+
+    async def _answer(self, head: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
+        answer = await self._forwarded(head, body)
+        method, path, _ = head.split(b" ", 2)
+        if method == b"GET" and path.endswith(b".tar"):
+            self.downloads[path.decode()] += 1
+            if self.num_wrong:
+                self.num_wrong -= 1
+                answer = answer[:-1] + bytes([answer[-1] ^ 1])
+            if self.num_cut:
+                self.num_cut -= 1
+                answer = answer[: len(answer) // 2]
+            writer.write(answer[: len(answer) // 2])
+            await writer.drain()
+            await asyncio.sleep(self.seconds)
+            answer = answer[len(answer) // 2 :]
+        writer.write(answer)
+        await writer.drain()
+
+
+Proxy = TypeVar("Proxy", bound=ChaosProxy)
+
+
+@contextmanager
+def running(proxy: Proxy) -> Iterator[Proxy]:
+    """Run a proxy in a thread of its own."""
     is_ready, stop, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_until_complete, args=(proxy.serve(is_ready, stop),))
     thread.start()

@@ -37,6 +37,7 @@ STARTS_MANY_PROCESSES = {
     "test_engines",
     "test_jobs",
     "test_run",
+    "test_shards_at_once",
     "test_tracking",
 }
 """Modules whose tests take Ray or ranks and leave nothing to another of their kind."""

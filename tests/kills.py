@@ -39,6 +39,7 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(self.config.to_yaml())
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment["RAY_prestart_worker_first_driver"] = "0"  # as the jobs have it
         with (self.folder / "output").open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-c", self.program, str(self.folder / "config.yaml")],

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
+from rich.console import Console
+
 from jobs.session import without_warnings
 from jobs.wiring.data_runs import publish_report
 from ldm.storage import join
 from ldm.training.tracking_config import TrackingConfig
+from pipeline.effort import work_table
 from pipeline.encoder import has_gpu
 from pipeline.forecast import ForecastConfig, forecast
 from pipeline.latent_config import Device, LatentsConfig
@@ -54,6 +57,12 @@ def outlook(config: PrecomputeLatentsConfig, plan: Plan) -> str:
     print(f"measuring for about {config.forecast.seconds:.0f} s (--forecast.seconds 0 skips it)", file=sys.stderr)
     with without_warnings():
         return f"{describe(plan)}\n{forecast(config, plan, todo, config.forecast).describe()}"
+
+
+def show(report: RunReport) -> None:
+    """Print what the workers did, where they did anything."""
+    if report.work.by_name():
+        Console().print(work_table(report.work, report.seconds))
 
 
 def publish(config: PrecomputeLatentsConfig, report: RunReport) -> str:

@@ -103,6 +103,8 @@ class TrainLdmConfig(Config):
     """Canonical streams of the data order; the number of workers must divide it."""
     cache_folder: str = ""
     """Local folder for copies of remote shards."""
+    cache_bytes: int = 0
+    """Most bytes of copies in `cache_folder`, for all ranks of a machine together; 0 is no limit."""
     seed: int = 0
     """Seed of initial weights and all draws."""
 
@@ -138,6 +140,7 @@ class TrainLdmConfig(Config):
             caption_dropout=self.caption_dropout if split is Split.TRAIN else 0.0,
             seed=self.seed,
             cache_folder=self.cache_folder,
+            cache_bytes=self.cache_bytes,
         )
 
 
