@@ -85,6 +85,8 @@ class LoaderConfig(Config):
     def __post_init__(self) -> None:
         if not 0.0 <= self.caption_dropout <= 1.0:
             raise ValueError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+        if self.cache_bytes < 0:
+            raise ValueError(f"cache_bytes must be at least 0, got {self.cache_bytes}")
         for name in ("prefetch_batches", "batch_size", "max_boxes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

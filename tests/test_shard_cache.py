@@ -162,8 +162,8 @@ def test_loader_copies_of_later_windows_come_ahead(
     monkeypatch.setattr("pipeline.loader.WINDOW_ROWS", 4)
     monkeypatch.setattr("pipeline.loader.AHEAD_WINDOWS", 7)
     loader = LatentLoader(load_manifest(remote), replace(config_of(remote, tmp_path), prefetch_batches=1))
-    needed = {loader._files.shards[number].name for number in loader._shards_between(0, 8)}
-    ahead = {loader._files.shards[number].name for number in loader._shards_between(28, 32)}
+    needed = {loader._files.shards[number].record.name for number in loader._shards_between(0, 8)}
+    ahead = {loader._files.shards[number].record.name for number in loader._shards_between(28, 32)}
     assert ahead - needed
     batches = loader.batches()
     next(batches)
@@ -181,8 +181,8 @@ def test_copies_wrong_at_first_are_downloaded_again(made: Path, remote: str, lin
 def test_copies_always_wrong_are_refused_by_name_digests_and_attempts(remote: str, link: Link, tmp_path: Path) -> None:
     link.num_wrong = 1000
     shards = shards_of(remote, tmp_path)
-    digest = shards.shards[1].files["tar"].sha256
-    size = shards.shards[1].files["tar"].num_bytes
+    digest = shards.shards[1].record.files["tar"].sha256
+    size = shards.shards[1].record.files["tar"].num_bytes
     words = rf"train/000001.tar has sha256 (?!{digest})\w{{64}}, the manifest says {digest}: {size:,} bytes came of "
     with pytest.raises(ValueError, match=words + rf"{size:,} \({shard_cache.NUM_ATTEMPTS} attempts\)"):
         shards.use([1])
@@ -199,7 +199,7 @@ def test_source_of_another_length_is_refused_with_both_lengths(
     s3.client().put(str(made), s3_root, recursive=True)
     s3.client().pipe(f"{s3_root}/train/000001.tar", b"x" * length)
     shards = shards_of(s3_root, tmp_path)
-    with pytest.raises(ValueError, match=rf"{length:,} bytes came of {shards.shards[1].files['tar'].num_bytes:,}"):
+    with pytest.raises(ValueError, match=rf"{length:,} bytes came of {shards.shards[1].record.files['tar'].num_bytes:,}"):
         shards.use([1])
     assert not list(tmp_path.rglob("*.tar"))
 
