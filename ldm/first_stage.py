@@ -17,7 +17,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -72,15 +71,13 @@ def load_autoencoder(where: str) -> Autoencoder:
     """
     if where.startswith(MLFLOW_SCHEMES):
         return _pointed_autoencoder(where)
-    place, keep = find_autoencoder(where), partial(storage.local_copy, folder=_copies())
+    place = find_autoencoder(where)
     if place.is_checkpoint:
         config = storage.read_text(place.config) if place.config else ""
-        return compvis.load_autoencoder(keep(place.path), config)
-    names = [diffusers.CONFIG_NAME, diffusers.weights_path(place.path).rpartition("/")[2]]
-    if storage.is_local(place.path):
-        return diffusers.load_autoencoder(place.path)
-    config_copy, weights_copy = (keep(storage.join(place.path, name)) for name in names)
-    return diffusers.load_autoencoder_files(config_copy, weights_copy, origin=place.path)
+        return compvis.load_autoencoder(_on_this_machine(place.path), config, origin=place.path)
+    config_path = _on_this_machine(storage.join(place.path, diffusers.CONFIG_NAME))
+    weights_path = _on_this_machine(diffusers.weights_path(place.path))
+    return diffusers.load_autoencoder_files(config_path, weights_path, origin=place.path)
 
 
 def settled_address(where: str, tracking_uri: str = "") -> str:
@@ -181,8 +178,10 @@ def _is_checkpoint(where: str) -> bool:
     return (urlsplit(where).path if "://" in where else where).endswith(CHECKPOINT_SUFFIXES)
 
 
-def _copies() -> str:
-    return str(cached_assets_path("ldm", "autoencoders"))
+def _on_this_machine(path: str) -> str:
+    if storage.is_local(path):
+        return path
+    return storage.local_copy(path, str(cached_assets_path("ldm", "autoencoders")))
 
 
 def _at_the_hub(where: str) -> Place:
