@@ -43,6 +43,10 @@ _LOCAL_ONLY = ("/", "./", "../", "~")
 _MAX_LISTED = 8
 
 
+class NoAutoencoderError(FileNotFoundError, ValueError):
+    """Nothing lies at an address; a ValueError too, since a person can fix it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
     """Where an autoencoder was found.
@@ -65,7 +69,7 @@ def load_autoencoder(where: str) -> Autoencoder:
     """Return the autoencoder of an address (see the module), KL or VQ, as float32 on the CPU.
 
     Raises:
-        FileNotFoundError: if nothing is there, naming what was looked for.
+        NoAutoencoderError: if nothing is there, naming what was looked for.
         ValueError: if what is there is no autoencoder that ours can be, a pickle that would run code, damaged, or not
             what MLflow's pointer says.
     """
@@ -75,9 +79,11 @@ def load_autoencoder(where: str) -> Autoencoder:
     if place.is_checkpoint:
         config = storage.read_text(place.config) if place.config else ""
         return compvis.load_autoencoder(_on_this_machine(place.path), config, origin=place.path)
+    weights_path = diffusers.weights_path(place.path)
+    if not storage.exists(weights_path):
+        raise NoAutoencoderError(f"{place.path} has no weights beside its config.json: expected {weights_path}")
     config_path = _on_this_machine(storage.join(place.path, diffusers.CONFIG_NAME))
-    weights_path = _on_this_machine(diffusers.weights_path(place.path))
-    return diffusers.load_autoencoder_files(config_path, weights_path, origin=place.path)
+    return diffusers.load_autoencoder_files(config_path, _on_this_machine(weights_path), origin=place.path)
 
 
 def settled_address(where: str, tracking_uri: str = "") -> str:
@@ -101,7 +107,7 @@ def evaluation_of(where: str) -> dict[str, Any] | None:
     Checkpoints in the layout of CompVis have none: several may lie in one folder.
 
     Raises:
-        FileNotFoundError: if there is no autoencoder.
+        NoAutoencoderError: if there is no autoencoder.
         ValueError: if the file holds no mapping.
     """
     place = find_autoencoder(settled_address(where))
@@ -118,7 +124,7 @@ def find_autoencoder(where: str) -> Place:
     """Return where the autoencoder of an address lies that is not at MLflow; from the hub it is fetched.
 
     Raises:
-        FileNotFoundError: if nothing is there, naming what was looked for and what there is.
+        NoAutoencoderError: if nothing is there, naming what was looked for and what there is.
         ValueError: if the address is empty.
     """
     if not where:
@@ -131,7 +137,7 @@ def find_autoencoder(where: str) -> Place:
     if local.exists():
         return _place(str(local))
     if where.startswith(_LOCAL_ONLY) or not _HUB_NAME.fullmatch(where):
-        raise FileNotFoundError(f"there is no autoencoder at {where}: no such file or folder")
+        raise NoAutoencoderError(f"there is no autoencoder at {where}: no such file or folder")
     return _at_the_hub(where)
 
 
@@ -140,7 +146,7 @@ def _place(where: str, named: str = "") -> Place:
     named = named or where
     if _is_checkpoint(where):
         if not storage.exists(where):
-            raise FileNotFoundError(f"there is no autoencoder at {named}: no such file")
+            raise NoAutoencoderError(f"there is no autoencoder at {named}: no such file")
         return Place(path=where, config=_yaml_beside(where))
     for subfolder in SUBFOLDERS:
         folder = storage.join(where, subfolder) if subfolder else where.rstrip("/")
@@ -148,7 +154,7 @@ def _place(where: str, named: str = "") -> Place:
             return Place(path=folder)
     wanted = ", ".join(f"{subfolder}/config.json".lstrip("/") for subfolder in SUBFOLDERS)
     there = _there(where) if named == where else "and that repository has none; a checkpoint is named by its file"
-    raise FileNotFoundError(f"there is no autoencoder at {named}: expected one of {wanted} in it, {there}")
+    raise NoAutoencoderError(f"there is no autoencoder at {named}: expected one of {wanted} in it, {there}")
 
 
 def _there(folder: str) -> str:
@@ -211,7 +217,7 @@ def _snapshot(where: str, name: str, revision: str | None, patterns: Sequence[st
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         why = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
+        raise NoAutoencoderError(
             f"there is no autoencoder at {where}: no such folder here, and the hub gave no repository {name}"
             f"{f' at {revision}' if revision else ''}: {why}"
         ) from error

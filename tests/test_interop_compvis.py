@@ -70,7 +70,7 @@ def test_checkpoint_without_yaml_has_the_same_config_as_with_it_and_says_what_it
     by_shapes = load_autoencoder(path)
     assert_same(by_shapes, theirs)
     assert f"{path} has no YAML beside it" in caplog.text
-    assert "taken for granted: 32 groups a normalisation, no tanh behind the decoder" in caplog.text
+    assert "granted: 32 groups a normalisation, no tanh behind the decoder" in caplog.text
     assert by_shapes.config == compvis.config_of_yaml(theirs.yaml(), path)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,14 +88,23 @@ def load_autoencoder(path: str, config_text: str = "", origin: str = "") -> Auto
         config = config_of_yaml(config_text, origin)
     else:
         config = config_of_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, origin)
-        logger.warning(
-            "%s has no YAML beside it; read from its tensors: %s; taken for granted: %s", origin, config, INVISIBLE
-        )
+        _say_what_is_unknown(origin)
     with torch.device("meta"):
         model = Autoencoder(config)
     last = len(config.widths) - 1
     fill(model, {renamed(name, last): _linear(name, tensor) for name, tensor in weights.items()}, origin)
     return model
+
+
+@cache
+def _say_what_is_unknown(origin: str) -> None:
+    """Say it once in a process, however often the checkpoint is loaded."""
+    logger.warning(
+        "%s has no YAML beside it: its shape is read from its tensors, which do not show that it has what is taken for "
+        "granted: %s",
+        origin,
+        INVISIBLE,
+    )
 
 
 def renamed(name: str, last_level: int) -> str:
