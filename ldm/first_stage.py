@@ -17,7 +17,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -44,6 +43,10 @@ _LOCAL_ONLY = ("/", "./", "../", "~")
 _MAX_LISTED = 8
 
 
+class NoAutoencoderError(FileNotFoundError, ValueError):
+    """Nothing lies at an address; a ValueError too, since a person can fix it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
     """Where an autoencoder was found.
@@ -66,21 +69,21 @@ def load_autoencoder(where: str) -> Autoencoder:
     """Return the autoencoder of an address (see the module), KL or VQ, as float32 on the CPU.
 
     Raises:
-        FileNotFoundError: if nothing is there, naming what was looked for.
+        NoAutoencoderError: if nothing is there, naming what was looked for.
         ValueError: if what is there is no autoencoder that ours can be, a pickle that would run code, damaged, or not
             what MLflow's pointer says.
     """
     if where.startswith(MLFLOW_SCHEMES):
         return _pointed_autoencoder(where)
-    place, keep = find_autoencoder(where), partial(storage.local_copy, folder=_copies())
+    place = find_autoencoder(where)
     if place.is_checkpoint:
         config = storage.read_text(place.config) if place.config else ""
-        return compvis.load_autoencoder(keep(place.path), config)
-    names = [diffusers.CONFIG_NAME, diffusers.weights_path(place.path).rpartition("/")[2]]
-    if storage.is_local(place.path):
-        return diffusers.load_autoencoder(place.path)
-    config_copy, weights_copy = (keep(storage.join(place.path, name)) for name in names)
-    return diffusers.load_autoencoder_files(config_copy, weights_copy, origin=place.path)
+        return compvis.load_autoencoder(_on_this_machine(place.path), config, origin=place.path)
+    weights_path = diffusers.weights_path(place.path)
+    if not storage.exists(weights_path):
+        raise NoAutoencoderError(f"{place.path} has no weights beside its config.json: expected {weights_path}")
+    config_path = _on_this_machine(storage.join(place.path, diffusers.CONFIG_NAME))
+    return diffusers.load_autoencoder_files(config_path, _on_this_machine(weights_path), origin=place.path)
 
 
 def settled_address(where: str, tracking_uri: str = "") -> str:
@@ -104,7 +107,7 @@ def evaluation_of(where: str) -> dict[str, Any] | None:
     Checkpoints in the layout of CompVis have none: several may lie in one folder.
 
     Raises:
-        FileNotFoundError: if there is no autoencoder.
+        NoAutoencoderError: if there is no autoencoder.
         ValueError: if the file holds no mapping.
     """
     place = find_autoencoder(settled_address(where))
@@ -121,7 +124,7 @@ def find_autoencoder(where: str) -> Place:
     """Return where the autoencoder of an address lies that is not at MLflow; from the hub it is fetched.
 
     Raises:
-        FileNotFoundError: if nothing is there, naming what was looked for and what there is.
+        NoAutoencoderError: if nothing is there, naming what was looked for and what there is.
         ValueError: if the address is empty.
     """
     if not where:
@@ -134,7 +137,7 @@ def find_autoencoder(where: str) -> Place:
     if local.exists():
         return _place(str(local))
     if where.startswith(_LOCAL_ONLY) or not _HUB_NAME.fullmatch(where):
-        raise FileNotFoundError(f"there is no autoencoder at {where}: no such file or folder")
+        raise NoAutoencoderError(f"there is no autoencoder at {where}: no such file or folder")
     return _at_the_hub(where)
 
 
@@ -143,7 +146,7 @@ def _place(where: str, named: str = "") -> Place:
     named = named or where
     if _is_checkpoint(where):
         if not storage.exists(where):
-            raise FileNotFoundError(f"there is no autoencoder at {named}: no such file")
+            raise NoAutoencoderError(f"there is no autoencoder at {named}: no such file")
         return Place(path=where, config=_yaml_beside(where))
     for subfolder in SUBFOLDERS:
         folder = storage.join(where, subfolder) if subfolder else where.rstrip("/")
@@ -151,7 +154,7 @@ def _place(where: str, named: str = "") -> Place:
             return Place(path=folder)
     wanted = ", ".join(f"{subfolder}/config.json".lstrip("/") for subfolder in SUBFOLDERS)
     there = _there(where) if named == where else "and that repository has none; a checkpoint is named by its file"
-    raise FileNotFoundError(f"there is no autoencoder at {named}: expected one of {wanted} in it, {there}")
+    raise NoAutoencoderError(f"there is no autoencoder at {named}: expected one of {wanted} in it, {there}")
 
 
 def _there(folder: str) -> str:
@@ -181,8 +184,10 @@ def _is_checkpoint(where: str) -> bool:
     return (urlsplit(where).path if "://" in where else where).endswith(CHECKPOINT_SUFFIXES)
 
 
-def _copies() -> str:
-    return str(cached_assets_path("ldm", "autoencoders"))
+def _on_this_machine(path: str) -> str:
+    if storage.is_local(path):
+        return path
+    return storage.local_copy(path, str(cached_assets_path("ldm", "autoencoders")))
 
 
 def _at_the_hub(where: str) -> Place:
@@ -212,7 +217,7 @@ def _snapshot(where: str, name: str, revision: str | None, patterns: Sequence[st
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         why = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
+        raise NoAutoencoderError(
             f"there is no autoencoder at {where}: no such folder here, and the hub gave no repository {name}"
             f"{f' at {revision}' if revision else ''}: {why}"
         ) from error

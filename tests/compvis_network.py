@@ -29,11 +29,14 @@ class CompVisNetwork:
     z_channels: int = 3
     embed_dim: int = 3
     n_embed: int = 0
+    device: str = "cpu"
+    """On `meta` it has shapes only, and costs nothing at any size."""
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._random = torch.Generator().manual_seed(3)
-        self.decode(self.encode(torch.zeros(1, 3, self.resolution, self.resolution).double())[:, : self.embed_dim])
+        image = torch.zeros(1, 3, self.resolution, self.resolution, dtype=torch.float64, device=self.device)
+        self.decode(self.encode(image)[:, : self.embed_dim])
 
     @property
     def state_dict(self) -> dict[str, Tensor]:
@@ -142,6 +145,11 @@ class CompVisNetwork:
     def _tensor(self, name: str, shape: tuple[int, ...], scale: float) -> Tensor:
         if name not in self.weights:
             # Drawn as float32, so that a checkpoint of float32 holds the very same numbers.
-            self.weights[name] = (torch.randn(shape, generator=self._random) * scale).double()
+            drawn = (
+                torch.randn(shape, generator=self._random)
+                if self.device == "cpu"
+                else torch.empty(shape, device="meta")
+            )
+            self.weights[name] = (drawn * scale).double().to(self.device)
         assert self.weights[name].shape == shape, name
         return self.weights[name]

@@ -193,7 +193,7 @@ def test_hub_without_the_repository_revision_or_network_is_refused_with_the_reas
     ],
 )
 def test_address_of_nothing_is_refused_naming_what_was_expected(where: str, message: str) -> None:
-    with pytest.raises((FileNotFoundError, ValueError), match=message):
+    with pytest.raises(ValueError, match=message):
         load_autoencoder(where)
 
 
@@ -201,6 +201,17 @@ def test_folder_of_other_things_is_refused_listing_them(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     (tmp_path / "README.md").write_text("read")
     with pytest.raises(FileNotFoundError, match=r"got README.md, model.safetensors \(a checkpoint is named by its"):
+        load_autoencoder(str(tmp_path))
+
+
+def test_folder_that_is_not_whole_is_refused_naming_what_is_wrong(tmp_path: Path) -> None:
+    write_autoencoder(tmp_path)
+    (tmp_path / WEIGHTS_NAME).unlink()
+    with pytest.raises(ValueError, match=f"no weights beside its config.json: expected .*{WEIGHTS_NAME}"):
+        load_autoencoder(str(tmp_path))
+    (tmp_path / "config.json").write_text("<html>")
+    (tmp_path / WEIGHTS_NAME).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"config.json is no JSON"):
         load_autoencoder(str(tmp_path))
 
 
@@ -311,3 +322,6 @@ def test_dead_registry_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(RegistryError, match="127.0.0.1"):
         settled_address("models:/tiny/1", "http://127.0.0.1:9")
+    tracking = TrackingConfig(uri="http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="models:/tiny/1 was not found out: MLflow did not answer"):
+        settled(replace(tiny_config(Path("x")), autoencoder="models:/tiny/1", tracking=tracking))

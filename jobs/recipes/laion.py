@@ -37,7 +37,7 @@ from pipeline.latent_config import Precision as EncodePrecision
 from pipeline.sources.tables import UrlTableConfig, laion_columns
 
 AUTOENCODER = "hf://stabilityai/sd-vae-ft-mse"
-"""Any folder or URL in the layout of diffusers; this one is kl-f8, fetched from the hub."""
+"""Any folder, checkpoint, URL, hub name or registered model; this one is kl-f8, fetched from the hub."""
 TEXT = TextEncoderConfig(kind=TextEncoderKind.CLIP, path="openai/clip-vit-large-patch14", max_tokens=77)
 SAMPLER = SamplerConfig(stepper=StepperKind.DPM_SOLVER_PP_2M, num_steps=25)
 PROMPTS = (

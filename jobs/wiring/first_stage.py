@@ -19,9 +19,11 @@ def settled(config: ConfigT) -> ConfigT:
     Workers then need no MLflow, and an alias that moves while they start leaves them with one autoencoder.
 
     Raises:
-        ValueError: if MLflow has no such model of ours.
-        OSError: if it does not answer.
+        ValueError: if MLflow has no such model of ours, or does not answer.
     """
-    with without_warnings():
-        where = settled_address(config.autoencoder, config.tracking.uri)
+    try:
+        with without_warnings():
+            where = settled_address(config.autoencoder, config.tracking.uri)
+    except OSError as error:
+        raise ValueError(f"{config.autoencoder} was not found out: MLflow did not answer: {error}") from error
     return replace(config, autoencoder=where)

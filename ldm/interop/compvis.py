@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,38 +63,48 @@ _PARTS = (
 )
 
 
-def load_autoencoder(path: str, config_text: str = "") -> Autoencoder:
+def load_autoencoder(path: str, config_text: str = "", origin: str = "") -> Autoencoder:
     """Return the autoencoder of a checkpoint, KL or VQ, as float32 on the CPU.
 
     Args:
         path: the checkpoint, `.safetensors`, or `.ckpt` or `.pt` that holds nothing but tensors.
         config_text: the YAML it was trained with; empty reads the shape from the tensors.
+        origin: where the file came from, if `path` is a copy, for what is said of it.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, runs code, or holds no autoencoder that ours can be, naming what differs.
     """
-    named = load_weights(path, FIRST_STAGE)
+    named, origin = load_weights(path, FIRST_STAGE), origin or path
     weights = {name: tensor for name, tensor in named.items() if not name.startswith(TRAINING_ONLY)}
     if any(name.startswith("model_ema.encoder") for name in named):
-        logger.warning("%s also holds averaged weights of the autoencoder; the plain ones are taken", path)
+        logger.warning("%s also holds averaged weights of the autoencoder; the plain ones are taken", origin)
     if "encoder.conv_in.weight" not in weights:
         raise ValueError(
-            f"{path} holds no autoencoder in the layout of CompVis: no encoder.conv_in.weight, with or without "
+            f"{origin} holds no autoencoder in the layout of CompVis: no encoder.conv_in.weight, with or without "
             f"{FIRST_STAGE} before it, among its {len(named)} names, such as {', '.join(sorted(named)[:3])}"
         )
     if config_text:
-        config = config_of_yaml(config_text, path)
+        config = config_of_yaml(config_text, origin)
     else:
-        config = config_of_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, path)
-        logger.info(
-            "%s has no YAML beside it; read from its tensors: %s; taken for granted: %s", path, config, INVISIBLE
-        )
+        config = config_of_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, origin)
+        _say_what_is_unknown(origin)
     with torch.device("meta"):
         model = Autoencoder(config)
     last = len(config.widths) - 1
-    fill(model, {renamed(name, last): _linear(name, tensor) for name, tensor in weights.items()}, path)
+    fill(model, {renamed(name, last): _linear(name, tensor) for name, tensor in weights.items()}, origin)
     return model
+
+
+@cache
+def _say_what_is_unknown(origin: str) -> None:
+    """Say it once in a process, however often the checkpoint is loaded."""
+    logger.warning(
+        "%s has no YAML beside it: its shape is read from its tensors, which do not show that it has what is taken for "
+        "granted: %s",
+        origin,
+        INVISIBLE,
+    )
 
 
 def renamed(name: str, last_level: int) -> str:

@@ -274,7 +274,10 @@ def _write_facts(facts: Facts, folder: str) -> None:
 
 
 def _read_facts(path: str, folder: str, constants_of_class: Mapping[str, Facts]) -> Facts:
-    facts = json.loads(read_text(path))
+    try:
+        facts = json.loads(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(facts, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(facts).__name__}")
     class_name = str(facts.get("_class_name"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from io import BytesIO
 
@@ -55,11 +56,12 @@ def _from_safetensors(path: str, prefix: str) -> dict[str, Tensor]:
 def _from_pickle(path: str) -> dict[str, Tensor]:
     """Return the tensors of a pickle, which may lie under `state_dict` as in a Lightning checkpoint."""
     try:
-        content = torch.load(BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
+        source = located(path)[1] if is_local(path) else BytesIO(read_bytes(path))
+        content = torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(
-            f"{path} cannot be loaded as plain tensors, and other pickles may run any code: {_first_line(error)}. "
-            "Where you trust it, load it once and write its state dict with safetensors.torch.save_file"
+            f"{path} cannot be loaded as plain tensors, and other pickles may run any code: {_reason(error)}. "
+            "If you trust it, load it once elsewhere and write its state dict with safetensors.torch.save_file"
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -75,8 +77,10 @@ def _chosen(names: Iterable[str], prefix: str) -> list[str]:
     return [name for name in known if name.startswith(prefix)] or known
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+def _reason(error: Exception) -> str:
+    """Return what torch found, without its advice to load the file all the same."""
+    found = re.search(r"WeightsUnpickler error:\s*(.+?)(?: was not an allowed|\. |\n|$)", str(error))
+    return found[1] if found else str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def check_weights(network: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
