@@ -1,17 +1,16 @@
 """Dataset shards → latent shards: raw posterior moments and text embeddings, checked before they are published.
 
-Order for each shard: captions of all rows → distinct ones embedded → batches of rows: read and decoded on threads →
-centre crops → encoder → fp16 moments, each on a thread of its own, ahead of what needs it → tar, while the gate counts
-and keeps a few rows → gate judges → tar, index and text table are published → record.
+Order for each shard: captions of all rows → batches of rows: read and decoded on threads → centre crops → encoder →
+fp16 moments, each on a thread of its own, ahead of what needs it → tar, while the gate counts and keeps a few rows →
+gate judges → tar and index are published → distinct captions embedded, batch by batch → text table → record.
 Dropout, flips and the choice of a caption are no part of this: they are drawn when rows are loaded. What is in memory
-are some batches, and the captions and embeddings of one shard, these three times while their table is written.
+are some batches, and the captions of one shard with their tokens; never all of its pictures, moments or embeddings.
 
 Letters: b batch, m moment channel, h latent row, w latent column, y pixel row, x pixel column.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -31,9 +30,10 @@ from jaxtyping import Float16
 
 from ldm.autoencoder.regularizer import mode
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig
+from ldm.conditioning.text_embedding import TextEmbedding
 from ldm.config import Config
 from ldm.interop.diffusers import load_autoencoder
-from ldm.storage import copy_file, is_local, write_bytes
+from ldm.storage import copy_file, is_local
 from ldm.types import Image, Moments
 from pipeline.effort import StageTimers
 from pipeline.images import Pixels, decode_pixels, image_of_pixels, image_suffix
@@ -44,7 +44,7 @@ from pipeline.prefetch import prefetched
 from pipeline.store.manifest import FileRecord, ShardRecord, shard_path
 from pipeline.store.schema import JSON, Row
 from pipeline.store.shards import ShardIndex, read_index, write_shard
-from pipeline.text_table import distinct_captions, table_bytes
+from pipeline.text_table import distinct_captions, write_table
 
 TEXT_SUFFIX = "text.safetensors"
 NUM_BATCHES_AHEAD = 2
@@ -207,13 +207,10 @@ class EncodeStage:
             distinct = distinct_captions(captions)
             number_of_caption = {caption: number for number, caption in enumerate(distinct)}
             choices = [[number_of_caption[caption] for caption in row] for row in captions]
-            with self._network:
-                embeddings = [self._null_embedding, *self._text.encode(distinct[1:])]
-                num_truncated = self._text.count_truncated(distinct)
             # The gate stands at the end of the rows: if it refuses, the tar is not published.
             members = self._members(tar, facts, captions, choices, gate)
             files = write_shard(self.config.root, task.split, task.name, members)
-        files[TEXT_SUFFIX] = self._write_text(task, table_bytes(distinct, embeddings, choices))
+        files[TEXT_SUFFIX] = self._write_text(task, distinct, choices)
         return ShardRecord(
             name=task.name,
             split=task.split,
@@ -227,7 +224,7 @@ class EncodeStage:
                 "moment_shape": list(gate.moment_shape),
                 **self._text_widths(),
                 "num_captions": len(distinct),
-                "num_truncated": num_truncated,
+                "num_truncated": self._num_truncated(distinct),
             },
         )
 
@@ -313,9 +310,28 @@ class EncodeStage:
             return {"text_width": self._text.width}
         return {"text_width": self._text.width, "pooled_width": self._text.pooled_width}
 
-    def _write_text(self, task: ShardTask, content: bytes) -> FileRecord:
-        write_bytes(shard_path(self.config.root, task.split, task.name, TEXT_SUFFIX), content)
-        return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    def _num_truncated(self, captions: Sequence[str]) -> int:
+        with self._network:  # a tokenizer serves one thread
+            return self._text.count_truncated(captions)
+
+    def _write_text(self, task: ShardTask, distinct: Sequence[str], choices: Sequence[Sequence[int]]) -> FileRecord:
+        """Publish the shard's text table; the embeddings go to disk as they are made."""
+        with self._network:
+            tokens = self._text.tokenized(distinct[1:])
+        lengths = [len(self._null_embedding.states), *(len(row[0]) for row in tokens)]
+        path = shard_path(self.config.root, task.split, task.name, TEXT_SUFFIX)
+        return write_table(path, distinct, choices, lengths, self._embedded(tokens))
+
+    def _embedded(self, tokens: Sequence[tuple[list[int], ...]]) -> Iterator[tuple[list[int], list[TextEmbedding]]]:
+        """Yield numbers of captions and their embeddings, the empty one first; other shards may come in between."""
+        yield [0], [self._null_embedding]
+        parts = self._text.encode_tokens(tokens)
+        while True:
+            with self._network:
+                part = next(parts, None)
+            if part is None:
+                return
+            yield [1 + row for row in part[0]], part[1]
 
 
 @contextmanager

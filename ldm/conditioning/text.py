@@ -246,18 +246,33 @@ class TextEncoder:
     def encode(self, captions: Sequence[str], batch_size: int = 64) -> list[TextEmbedding]:
         """Return one embedding a caption, in the caller's order; the same list gives the same bytes.
 
+        Raises:
+            ValueError: if an embedding is not finite in fp16.
+        """
+        tokens = self.tokenized(captions)
+        encoded: dict[int, TextEmbedding] = {}
+        for rows, embeddings in self.encode_tokens(tokens, batch_size):
+            encoded.update(zip(rows, embeddings, strict=True))
+        return [encoded[row] for row in range(len(tokens))]
+
+    def tokenized(self, captions: Sequence[str]) -> list[tuple[list[int], ...]]:
+        """Return each caption's token numbers for each tower; an embedding has as many rows as those of the first."""
+        return list(zip(*(tower.tokens(captions) for tower in self.towers), strict=True))
+
+    def encode_tokens(
+        self, tokens: Sequence[tuple[list[int], ...]], batch_size: int = 64
+    ) -> Iterator[tuple[list[int], list[TextEmbedding]]]:
+        """Yield numbers of captions and their embeddings, batch by batch, shortest first.
+
         Only captions of equal length share a forward, so nothing is padded and no row depends on its neighbours.
 
         Raises:
             ValueError: if an embedding is not finite in fp16.
         """
-        tokens = list(zip(*(tower.tokens(captions) for tower in self.towers), strict=True))
         lengths = [[len(part) for part in row] for row in tokens]
         order = sorted(range(len(tokens)), key=lambda row: (lengths[row], tokens[row]))
-        encoded: dict[int, TextEmbedding] = {}
         for rows in _equal_length_batches(order, lengths, batch_size):
-            encoded.update(zip(rows, self._embeddings([tokens[row] for row in rows]), strict=True))
-        return [encoded[row] for row in range(len(tokens))]
+            yield rows, self._embeddings([tokens[row] for row in rows])
 
     def count_truncated(self, captions: Sequence[str]) -> int:
         """Return how many captions lose tokens to `max_tokens`, in one tower or in several."""
