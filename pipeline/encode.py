@@ -1,10 +1,11 @@
 """Dataset shards → latent shards: raw posterior moments and text, checked before they are published.
 
-Order for each shard: facts of all rows → a part for each shape → distinct captions embedded → for each part, batches of
-rows: read and decoded on threads → crops → encoder → fp16 moments, each on a thread of its own, ahead of what needs it
-→ tar, while the gate counts and keeps a few rows → gate judges at the end → columns and text table → record.
-Dropout, flips and the choice of crop and caption are no part of this: they are drawn when rows are loaded. What is in
-memory are some batches, and the captions and embeddings of one shard, these three times while their table is written.
+Order for each shard: facts of all rows → a part for each shape → for each part, batches of rows: read and decoded on
+threads → crops → encoder → fp16 moments, each on a thread of its own, ahead of what needs it → tar, while the gate
+counts and keeps a few rows → gate judges at the end → columns → distinct captions embedded, batch by batch → text
+table → record. Dropout, flips and the choice of crop and caption are no part of this: they are drawn when rows are
+loaded. What is in memory are some batches, and the captions of one shard with their tokens; never all of its pictures,
+moments or embeddings.
 
 Letters: b batch, m moment channel, h latent row, w latent column.
 """
@@ -27,6 +28,7 @@ import numpy as np
 import yaml
 
 from ldm.conditioning.text import TextEncoder
+from ldm.conditioning.text_embedding import TextEmbedding
 from ldm.storage import copy_file, is_local, join, read_text, remove_file, write_bytes
 from ldm.types import Image, Moments
 from pipeline.crops import Part, crop_boxes, original_box, parts_of
@@ -43,7 +45,7 @@ from pipeline.prefetch import prefetched
 from pipeline.store.manifest import IDENTITY_NAME, FileRecord, ShardRecord, shard_path
 from pipeline.store.schema import JSON, Row
 from pipeline.store.shards import ShardIndex, read_index, write_shard
-from pipeline.text_table import distinct_captions, table_bytes, token_table_bytes
+from pipeline.text_table import TokenIds, distinct_captions, token_table_bytes, write_table
 
 NUM_BATCHES_AHEAD = 2
 
@@ -107,11 +109,8 @@ class EncodeStage:
             plain = [moments_name(crop) for crop in range(self.config.crop.count)]
             sizes = [len(part.rows) for part in parts]
             gate = Gate(self.config.gate, self._floor, task, sizes, plain, self._encoder.kind)
-            with self._network:
-                text = self._text_bytes(distinct, choices)
-                num_truncated = self._text.count_truncated(distinct)
             files = self._write_parts(task, source, parts, gate)
-        files[TEXT_SUFFIX] = self._write(task, TEXT_SUFFIX, text)
+        files[TEXT_SUFFIX] = self._write_text(task, distinct, choices)
         return ShardRecord(
             name=task.name,
             split=task.split,
@@ -134,7 +133,7 @@ class EncodeStage:
                 "gate": {"rows": [list(row) for row in gate.chosen], "psnr": gate.figures, "floor": self._floor},
                 **self._text_widths(),
                 "num_captions": len(distinct),
-                "num_truncated": num_truncated,
+                "num_truncated": self._num_truncated(distinct),
             },
         )
 
@@ -223,11 +222,6 @@ class EncodeStage:
         text = {"txt": source.captions[row][0].encode(), "json": _json_bytes(facts)}
         return {"__key__": key, **content, **text}
 
-    def _text_bytes(self, distinct: Sequence[str], choices: Sequence[Sequence[int]]) -> bytes:
-        if self.config.text_storage is TextStorage.ONLINE:
-            return token_table_bytes(distinct, self._text.token_ids(distinct), choices)
-        return table_bytes(distinct, [self._null_embedding, *self._text.encode(distinct[1:])], choices)
-
     def _text_widths(self) -> dict[str, JSON]:
         if self._text.pooled_width is None:
             return {"text_width": self._text.width}
@@ -236,6 +230,32 @@ class EncodeStage:
     def _write(self, task: ShardTask, suffix: str, content: bytes) -> FileRecord:
         write_bytes(shard_path(self.config.root, task.split, task.name, suffix), content)
         return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+    def _num_truncated(self, captions: Sequence[str]) -> int:
+        with self._network:  # a tokenizer serves one thread
+            return self._text.count_truncated(captions)
+
+    def _write_text(self, task: ShardTask, distinct: Sequence[str], choices: Sequence[Sequence[int]]) -> FileRecord:
+        """Publish the shard's text table; embeddings go to disk as they are made."""
+        is_online = self.config.text_storage is TextStorage.ONLINE
+        with self._network:
+            tokens = self._text.token_ids(distinct if is_online else distinct[1:])
+        if is_online:
+            return self._write(task, TEXT_SUFFIX, token_table_bytes(distinct, tokens, choices))
+        lengths = [len(self._null_embedding.states), *map(len, tokens)]
+        path = shard_path(self.config.root, task.split, task.name, TEXT_SUFFIX)
+        return write_table(path, distinct, choices, lengths, self._embedded(tokens))
+
+    def _embedded(self, tokens: Sequence[TokenIds]) -> Iterator[tuple[list[int], list[TextEmbedding]]]:
+        """Yield numbers of captions and their embeddings, the empty one first; other shards may come in between."""
+        yield [0], [self._null_embedding]
+        parts = self._text.parts_of_tokens(tokens)
+        while True:
+            with self._network:
+                part = next(parts, None)
+            if part is None:
+                return
+            yield [1 + row for row in part[0]], part[1]
 
 
 def batch_rows(config: LatentsConfig, part: Part) -> int:

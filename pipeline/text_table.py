@@ -12,7 +12,11 @@ Caption 0 is the empty one, the null condition; the others are sorted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,25 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from jaxtyping import Float16, Float64, Int32, Int64, UInt8
-from numpy.typing import NDArray
 
-from ldm.conditioning.text_embedding import TextEmbedding, stacked_pooled
-from pipeline.tensor_file import mapped_arrays
+from ldm.conditioning.text_embedding import TextEmbedding
+from ldm.storage import open_atomic, sha256_of
+from pipeline.store.manifest import FileRecord
+from pipeline.store.schema import JSON
+from pipeline.tensor_file import DTYPES, mapped_arrays
 
 NULL_CAPTION = ""
 TokenIds = Int32[np.ndarray, "l towers"]
+_STORED = {
+    "choice_offsets": "I64",
+    "letter_offsets": "I64",
+    "offsets": "I64",
+    "choices": "I32",
+    "pooled": "F16",
+    "tokens": "F16",
+    "letters": "U8",
+}
+"""Tensors in the order in which safetensors lays them: the widest types first, then by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,25 +93,55 @@ def distinct_captions(captions: Sequence[Sequence[str]]) -> list[str]:
     return [NULL_CAPTION, *sorted({caption for row in captions for caption in row} - {NULL_CAPTION})]
 
 
-def table_bytes(
-    distinct: Sequence[str], embeddings: Sequence[TextEmbedding], choices: Sequence[Sequence[int]]
-) -> bytes:
-    """Return the file's content: `embeddings` of the `distinct` captions, and each row's caption numbers."""
-    tensors = {
-        "tokens": np.concatenate([embedding.states for embedding in embeddings]),
-        "offsets": _offsets([len(embedding.states) for embedding in embeddings]),
-        **_captions(distinct, choices),
-    }
-    pooled = stacked_pooled(embeddings)
-    return safetensors.numpy.save(tensors if pooled is None else tensors | {"pooled": pooled})
+def write_table(
+    path: str,
+    distinct: Sequence[str],
+    choices: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    parts: Iterable[tuple[Sequence[int], Sequence[TextEmbedding]]],
+) -> FileRecord:
+    """Publish a shard's table, of whose embeddings one part is in memory at a time, and return its record.
+
+    Args:
+        path: the file.
+        distinct: the captions, as `distinct_captions` gives them.
+        choices: each row's caption numbers.
+        lengths: how many rows the embedding of each caption has.
+        parts: numbers of captions and their embeddings, in any order, each caption once, at least one part.
+    """
+    small = _small_tensors(distinct, lengths, choices)
+    pieces = iter(parts)
+    first = next(pieces)
+    width, pooled = first[1][0].states.shape[1], first[1][0].pooled
+    shapes = {name: tensor.shape for name, tensor in small.items()}
+    shapes["tokens"] = (sum(lengths), width)
+    if pooled is not None:
+        shapes["pooled"] = (len(distinct), len(pooled))
+    header, starts = _layout(shapes)
+    with open_atomic(path) as file:
+        file.write(header)
+        for name, tensor in small.items():
+            file.seek(starts[name])
+            file.write(tensor.tobytes())
+        for numbers, embeddings in itertools.chain([first], pieces):
+            for number, embedding in zip(numbers, embeddings, strict=True):
+                assert len(embedding.states) == lengths[number]
+                file.seek(starts["tokens"] + 2 * width * int(small["offsets"][number]))
+                file.write(embedding.states.tobytes())
+                if embedding.pooled is not None:
+                    file.seek(starts["pooled"] + 2 * len(embedding.pooled) * number)
+                    file.write(embedding.pooled.tobytes())
+        file.seek(0, os.SEEK_END)
+        num_bytes = file.tell()
+        file.flush()
+        return FileRecord(num_bytes, sha256_of(str(file.name)))
 
 
 def token_table_bytes(distinct: Sequence[str], ids: Sequence[TokenIds], choices: Sequence[Sequence[int]]) -> bytes:
     """Return the file's content where only token `ids` of the `distinct` captions are stored."""
     tensors = {
         "token_ids": np.concatenate(ids),
-        "offsets": _offsets([len(row) for row in ids]),
-        **_captions(distinct, choices),
+        **_small_tensors(distinct, [len(row) for row in ids], choices),
     }
     return safetensors.numpy.save(tensors)
 
@@ -105,14 +151,33 @@ def open_text_table(path: Path) -> TextTable:
     return TextTable(**mapped_arrays(path))
 
 
-def _captions(distinct: Sequence[str], choices: Sequence[Sequence[int]]) -> dict[str, NDArray[Any]]:
+def _small_tensors(
+    distinct: Sequence[str], lengths: Sequence[int], choices: Sequence[Sequence[int]]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return all tensors but those that the text encoder makes."""
     letters = [caption.encode() for caption in distinct]
     return {
+        "offsets": _offsets(lengths),
         "letters": np.frombuffer(b"".join(letters), np.uint8),
         "letter_offsets": _offsets([len(row) for row in letters]),
         "choices": np.array([number for row in choices for number in row], np.int32),
         "choice_offsets": _offsets([len(row) for row in choices]),
     }
+
+
+def _layout(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, int]]:
+    """Return the header that safetensors would write for tensors of these shapes, and where each of them starts."""
+    entries: dict[str, dict[str, JSON]] = {}
+    starts, place = {}, 0
+    for name, dtype in _STORED.items():
+        if name in shapes:
+            stop = place + DTYPES[dtype].itemsize * math.prod(shapes[name])
+            entries[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [place, stop]}
+            starts[name], place = place, stop
+    content = json.dumps(entries, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    header = len(content).to_bytes(8, "little") + content
+    return header, {name: len(header) + start for name, start in starts.items()}
 
 
 def _offsets(lengths: Sequence[int]) -> Int64[np.ndarray, " n_plus_1"]:

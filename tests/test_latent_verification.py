@@ -23,7 +23,7 @@ from pipeline.store.manifest import (
 )
 from pipeline.store.schema import Row, key_of
 from pipeline.store.shards import read_rows, write_shard
-from pipeline.text_table import open_text_table, table_bytes
+from pipeline.text_table import open_text_table, write_table
 from tests.tiny_latents import latents_config, write_autoencoder, write_dataset, write_latents
 
 
@@ -79,7 +79,8 @@ def test_verify_an_embedding_of_another_caption_is_named(made: Path) -> None:
         table.choices[start:stop].tolist()
         for start, stop in zip(table.choice_offsets, table.choice_offsets[1:], strict=False)
     ]
-    path.write_bytes(table_bytes(texts, embeddings, choices))
+    lengths = [len(embedding.states) for embedding in embeddings]
+    write_table(str(path), texts, choices, lengths, [(numbers, embeddings)])
     publish(made / "latents", {TEXT_SUFFIX: FileRecord(path.stat().st_size, sha256_of(str(path)))})
     found = verify_latents(latents_config(made), 1.0)
     assert f"train/000000: the embedding of {texts[1]!r} is not the text encoder's" in found.problems

@@ -199,7 +199,9 @@ def test_source_of_another_length_is_refused_with_both_lengths(
     s3.client().put(str(made), s3_root, recursive=True)
     s3.client().pipe(f"{s3_root}/train/000001.tar", b"x" * length)
     shards = shards_of(s3_root, tmp_path)
-    with pytest.raises(ValueError, match=rf"{length:,} bytes came of {shards.shards[1].record.files['tar'].num_bytes:,}"):
+    with pytest.raises(
+        ValueError, match=rf"{length:,} bytes came of {shards.shards[1].record.files['tar'].num_bytes:,}"
+    ):
         shards.use([1])
     assert not list(tmp_path.rglob("*.tar"))
 

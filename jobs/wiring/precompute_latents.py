@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from jobs.session import without_warnings
-from jobs.wiring.data_runs import publish_report
+from jobs.wiring.data_runs import is_published, publish_report
 from ldm.storage import join
 from ldm.training.tracking_config import TrackingConfig
 from pipeline.effort import work_table
@@ -66,11 +66,12 @@ def show(report: RunReport) -> None:
 
 
 def publish(config: PrecomputeLatentsConfig, report: RunReport) -> str:
-    """Write the cache's report where shards were made, bring it into MLflow, and return its path."""
+    """Return the path of the cache's report, written anew where shards were made, and see to it that MLflow has it."""
     page = join(config.root, REPORT_NAME)
     if report.num_shards or not shows(page, report.manifest):
         page = write_latent_report(config)
-        digest = {"latents_digest": report.manifest.digest}
+    digest = {"latents_digest": report.manifest.digest}
+    if not is_published(config.tracking, config.record, digest):
         publish_report(config, config.tracking, config.record, "latents", metrics_of(report.manifest), digest, page)
     return page
 

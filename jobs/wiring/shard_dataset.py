@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from jobs.wiring.data_runs import publish_report
+from jobs.wiring.data_runs import is_published, publish_report
 from ldm import storage
 from ldm.training.tracking_config import TrackingConfig
 from pipeline.ingest.config import DatasetConfig
@@ -74,9 +74,9 @@ def show(config: ShardDatasetConfig, report: RunReport, page: str) -> None:
 
 
 def publish(config: ShardDatasetConfig, report: RunReport, page: str) -> None:
-    """Bring counts, the manifest's digest and the report into MLflow; the dataset does not depend on it."""
-    if report.num_shards:
-        digest = {"dataset_digest": report.manifest.digest}
+    """Bring counts, the manifest's digest and the report into MLflow unless it has them; no data depend on it."""
+    digest = {"dataset_digest": report.manifest.digest}
+    if not is_published(config.tracking, config.record, digest):
         publish_report(config, config.tracking, config.record, "dataset", metrics_of(report.manifest), digest, page)
 
 

@@ -246,15 +246,22 @@ class TextEncoder:
     def encode(self, captions: Sequence[str], batch_size: int = 64) -> list[TextEmbedding]:
         """Return one embedding a caption, in the caller's order; the same list gives the same bytes.
 
-        Only captions of equal length share a forward, so nothing is padded and no row depends on its neighbours.
-
         Raises:
             ValueError: if an embedding is not finite in fp16.
         """
         return self.encode_tokens(self.token_ids(captions), batch_size)
 
+    def encode_tokens(
+        self, tokens: Sequence[Int32[np.ndarray, "l towers"]], batch_size: int = 64
+    ) -> list[TextEmbedding]:
+        """Return one embedding for each caption that `token_ids` gave, as `encode` does."""
+        encoded: dict[int, TextEmbedding] = {}
+        for rows, embeddings in self.parts_of_tokens(tokens, batch_size):
+            encoded.update(zip(rows, embeddings, strict=True))
+        return [encoded[row] for row in range(len(tokens))]
+
     def token_ids(self, captions: Sequence[str]) -> list[Int32[np.ndarray, "l towers"]]:
-        """Return what each tower's tokenizer makes of the captions, side by side.
+        """Return what each tower's tokenizer makes of the captions, side by side: as long as their embeddings.
 
         Raises:
             ValueError: if the towers make different numbers of tokens of a caption.
@@ -265,15 +272,19 @@ class TextEncoder:
                 raise ValueError(f"the towers make {[len(tokens) for tokens in row]} tokens of the caption {caption!r}")
         return [np.array(row, np.int32).T for row in rows]
 
-    def encode_tokens(
+    def parts_of_tokens(
         self, tokens: Sequence[Int32[np.ndarray, "l towers"]], batch_size: int = 64
-    ) -> list[TextEmbedding]:
-        """Return one embedding for each caption that `token_ids` gave, as `encode` does."""
+    ) -> Iterator[tuple[list[int], list[TextEmbedding]]]:
+        """Yield numbers of captions and their embeddings, batch by batch, shortest first.
+
+        Only captions of equal length share a forward, so nothing is padded and no row depends on its neighbours.
+
+        Raises:
+            ValueError: if an embedding is not finite in fp16.
+        """
         order = sorted(range(len(tokens)), key=lambda row: (len(tokens[row]), tokens[row].T.tolist()))
-        encoded: dict[int, TextEmbedding] = {}
         for rows in _equal_length_batches(order, [len(row) for row in tokens], batch_size):
-            encoded.update(zip(rows, self._embeddings([tokens[row] for row in rows]), strict=True))
-        return [encoded[row] for row in range(len(tokens))]
+            yield rows, self._embeddings([tokens[row] for row in rows])
 
     def count_truncated(self, captions: Sequence[str]) -> int:
         """Return how many captions lose tokens to `max_tokens`, in one tower or in several."""

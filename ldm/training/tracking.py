@@ -18,7 +18,7 @@ from typing import Any
 
 from mlflow.data.dataset import Dataset
 from mlflow.data.dataset_source import DatasetSource
-from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -148,6 +148,12 @@ def log_values(uri: str, run_id: str, metrics: Mapping[str, float]) -> None:
     now = int(time.time() * 1000)
     with _reaching(uri):
         MlflowClient(uri).log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
+
+
+def log_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run anew, as the digest of data that have grown; raises MirrorError if MLflow can't be reached."""
+    with _reaching(uri):
+        MlflowClient(uri).log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
 def replay(folder: str, uri: str) -> tuple[str, int]:
