@@ -29,6 +29,7 @@ import yaml
 
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.text_embedding import TextEmbedding
+from ldm.interop.diffusers import weights_digest
 from ldm.storage import copy_file, is_local, join, read_text, remove_file, write_bytes
 from ldm.types import Image, Moments
 from pipeline.crops import Part, crop_boxes, original_box, parts_of
@@ -75,11 +76,21 @@ class EncodeStage:
     The networks take one batch at a time, so that memory and bytes are those of one shard at a time.
     """
 
-    def __init__(self, config: LatentsConfig) -> None:
-        """Load both networks, and what the autoencoder's evaluation says that a shard must reach."""
+    def __init__(self, config: LatentsConfig, autoencoder_digest: str = "") -> None:
+        """Load both networks, and what the autoencoder's evaluation says that a shard must reach.
+
+        Raises:
+            ValueError: if the autoencoder at its address is not the one of the given digest any more.
+        """
         self.config = config
         self._picture = picture_config(config.dataset)
         self._encoder = Encoder(config)
+        model = self._encoder.autoencoder
+        if autoencoder_digest and (found := weights_digest(model.state_dict(), model.config)) != autoencoder_digest:
+            raise ValueError(
+                f"{config.autoencoder} has digest {found}, it had {autoencoder_digest} when the job began: what lies "
+                "there has changed"
+            )
         self._floor = config.gate.floor(evaluated_psnr(config.autoencoder, self._encoder.autoencoder))
         self._text = TextEncoder(config.text, self._encoder.device)
         # Alone in its batch, so that every shard holds the same bytes for the null condition.

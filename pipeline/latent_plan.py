@@ -58,14 +58,15 @@ def plan_latents(config: LatentsConfig) -> Plan:
         if shard.num_rows
     )
     num_rows = sum(task.num_rows for task in tasks)
+    identity = _identity(config, model)
     # The driver of a cluster may have no GPU itself, so a plain "cuda" is only checked in the workers.
     is_on_gpu = config.device is Device.CUDA or torch_device(config.device).type == "cuda"
     return Plan(
         root=config.root,
         kind="latents",
-        identity=_identity(config, model),
+        identity=identity,
         tasks=tasks,
-        make_stage=partial(EncodeStage, config),
+        make_stage=partial(EncodeStage, config, identity["autoencoder"]),
         resources=Resources(
             num_cpus=config.num_cpus,
             num_gpus=float(is_on_gpu),

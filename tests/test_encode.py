@@ -343,6 +343,16 @@ def test_encode_flip_holds_the_moments_of_the_mirrored_image(tmp_path: Path) -> 
     np.testing.assert_allclose(np.load(io.BytesIO(row["moments_flipped.npy"])), mirrored, atol=1e-3)
 
 
+def test_encode_autoencoder_that_changed_since_the_plan_was_made_is_refused(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "dataset")
+    write_autoencoder(tmp_path / "autoencoder")
+    plan = plan_latents(latents_config(tmp_path))
+    write_autoencoder(tmp_path / "autoencoder", seed=1)
+    with pytest.raises(ValueError, match="autoencoder has digest [0-9a-f]{64}, it had [0-9a-f]{64} when the job began"):
+        carry_out(plan)
+    assert published(tmp_path / "latents") == []
+
+
 def test_claim_root_made_with_another_autoencoder_is_refused(made: Path, tmp_path: Path) -> None:
     write_autoencoder(tmp_path / "other", seed=1)
     config = latents_config(made, autoencoder=str(tmp_path / "other"))

@@ -113,7 +113,7 @@ def test_networks_are_never_in_use_twice(inputs: Path, tmp_path: Path) -> None:
     def leave(module: object, *_: object) -> None:
         inside[0] -= 1
 
-    for network in (stage._encoder._autoencoder.encoder, *(tower._model for tower in stage._text.towers)):
+    for network in (stage._encoder.autoencoder.encoder, *(tower._model for tower in stage._text.towers)):
         network.register_forward_pre_hook(watch)
         network.register_forward_hook(leave)
     with ThreadPoolExecutor(3) as threads:
