@@ -48,6 +48,9 @@ from pipeline.text_table import distinct_captions, write_table
 
 TEXT_SUFFIX = "text.safetensors"
 NUM_BATCHES_AHEAD = 2
+MAX_CPU_PIXELS = 1 << 19
+"""Pixels that go through a network at once on CPUs: activations there take a worker's own memory, hundreds of bytes a
+pixel for each of several layers, and more pixels at once are no faster."""
 
 
 class Device(StrEnum):
@@ -129,12 +132,14 @@ class Encoder:
     def encode(self, images: Image) -> Moments:
         """Return the images' raw moments, float32, on the device."""
         with torch.inference_mode(), self._arithmetic():
-            return self._autoencoder.encode(images.to(self.device)).float()
+            parts = images.split(self._num_together(len(images)))
+            return torch.cat([self._autoencoder.encode(part.to(self.device)).float() for part in parts])
 
     def decode(self, moments: Moments) -> Image:
         """Return the images of the posteriors' means, on the CPU."""
         with torch.inference_mode(), self._arithmetic():
-            return self._autoencoder.decode(mode(moments.to(self.device))).float().cpu()
+            parts = moments.split(self._num_together(len(moments)))
+            return torch.cat([self._autoencoder.decode(mode(part.to(self.device))).float().cpu() for part in parts])
 
     def crop_box(self, key: str, height: int, width: int) -> tuple[int, int, int, int]:
         """Return top, left, height and width of the centre crop.
@@ -151,6 +156,10 @@ class Encoder:
         pixels = decode_pixels(row[image_suffix(tuple(row))])
         top, left, side, _ = self.crop_box(row["__key__"], *pixels.shape[:2])
         return pixels[top : top + side, left : left + side]
+
+    def _num_together(self, num_images: int) -> int:
+        """Return how many images go through a network at once."""
+        return num_images if self.device.type == "cuda" else max(1, MAX_CPU_PIXELS // self.config.image_size**2)
 
     def _arithmetic(self) -> torch.autocast:
         dtype = torch.float16 if self.config.precision is Precision.FP16 else torch.bfloat16
