@@ -29,6 +29,10 @@ from pipeline.latent_config import Device, LatentsConfig, Precision
 from pipeline.latent_shard import low_res_name, map_name, mask_name, masked_name, moments_name
 from pipeline.store.schema import Row
 
+MAX_CPU_PIXELS = 1 << 19
+"""Pixels that go through a network at once on CPUs: activations there take a worker's own memory, hundreds of bytes a
+pixel for each of several layers, and more pixels at once are no faster."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
@@ -104,12 +108,22 @@ class Encoder:
     def encode(self, images: Image) -> Moments:
         """Return the images' raw moments, float32, on the device."""
         with torch.inference_mode(), self._arithmetic():
-            return self.autoencoder.encode(images.to(self.device)).float()
+            parts = images.split(self._num_together(len(images), images.shape[-2] * images.shape[-1]))
+            return torch.cat([self.autoencoder.encode(part.to(self.device)).float() for part in parts])
 
     def decode(self, moments: Moments) -> Image:
         """Return the images of the posteriors' means, or of VQ's latents, on the CPU."""
         with torch.inference_mode(), self._arithmetic():
-            return self.autoencoder.decode(mode(moments.to(self.device), self.kind)).float().cpu()
+            pixels = moments.shape[-2] * moments.shape[-1] * self.factor**2
+            latents = [
+                mode(part.to(self.device), self.kind)
+                for part in moments.split(self._num_together(len(moments), pixels))
+            ]
+            return torch.cat([self.autoencoder.decode(latent).float().cpu() for latent in latents])
+
+    def _num_together(self, num_images: int, pixels: int) -> int:
+        """Return how many images of so many pixels go through a network at once."""
+        return num_images if self.device.type == "cuda" else max(1, MAX_CPU_PIXELS // pixels)
 
     def _row_pixels(self, row: Row, part: Part) -> _RowPixels:
         columns = self.config.columns
