@@ -40,21 +40,11 @@ from pipeline.plan import ShardTask
 from pipeline.store.schema import Row, Split
 from pipeline.store.shards import read_rows, write_shard
 from pipeline.text_table import distinct_captions, table_bytes
-from tests.benchmarks.encode_work import Network, Pictures, Work
+from tests.benchmarks.encode_work import Work, cpu_works, gpu_works
 from tests.benchmarks.neighbours import TRIES_PER_TURN, quiet_turns
 
 RESULTS = Path(__file__).parent / "results"
 GOAL = 0.95
-CPU_WORKS = (
-    Work(pictures=Pictures.PHOTOS, image_size=256, rows=128, network=Network.EMOJI_F4),
-    Work(pictures=Pictures.EMOJI, image_size=64, rows=512, network=Network.EMOJI_F4),
-)
-_ON_GPU: dict[str, Any] = {"network": Network.KL_F8, "precision": Precision.BF16, "device": Device.CUDA}
-GPU_WORKS = (
-    Work(pictures=Pictures.PHOTOS, image_size=256, rows=8192, batch_size=64, **_ON_GPU),
-    Work(pictures=Pictures.PHOTOS, image_size=512, rows=2048, batch_size=32, **_ON_GPU),
-)
-"""The first of each is the one that the last line speaks of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +66,9 @@ class EncodeBenchmark(Config):
 def main() -> None:
     """Run both sides in turns and print the tables."""
     settings = tyro.cli(EncodeBenchmark, description=__doc__)
-    works = GPU_WORKS if settings.device is Device.CUDA else CPU_WORKS
+    works = gpu_works() if settings.device is Device.CUDA else cpu_works()
     if settings.quick:
-        settings, works = replace(settings, rounds=2), tuple(replace(work, rows=work.rows // 4) for work in works)
+        settings, works = replace(settings, rounds=2), [replace(work, rows=work.rows // 4) for work in works]
     machine = torch.cuda.get_device_name() if settings.device is Device.CUDA else platform.processor()
     record: dict[str, Any] = {"settings": settings.to_dict(), "machine": machine or platform.machine()}
     record |= {"num_cores": len(os.sched_getaffinity(0)), "torch": torch.__version__, "works": {}}

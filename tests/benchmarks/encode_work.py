@@ -7,7 +7,7 @@ random weights, which cost what trained ones cost, so the gate's floor is out of
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -31,7 +31,9 @@ from tests.small_datasets import made
 
 TEXT = TextEncoderConfig(max_tokens=24)
 """The emoji recipe's: the packaged MiniLM."""
-UNJUDGED = GateConfig(min_psnr=-100.0, std_range=(0.0, 1e9), max_mean=1e9)
+FULL_SHARD_ROWS = 1024
+"""Rows of a shard by default. Ours here are smaller, and the gate decodes the same share of them."""
+NUM_SHARDS = 2
 PHOTO_ASPECT = 1.5
 
 
@@ -87,22 +89,53 @@ class Work:
             text=TEXT,
             image_size=self.image_size,
             batch_size=self.batch_size,
-            gate=UNJUDGED,
+            gate=self._gate(),
             device=self.device,
             precision=self.precision,
             num_cpus=float(self.threads),
         )
 
+    @property
+    def _shard_rows(self) -> int:
+        return self.rows // NUM_SHARDS
+
+    def _gate(self) -> GateConfig:
+        decoded = max(1, round(GateConfig().rows * self._shard_rows / FULL_SHARD_ROWS))
+        return GateConfig(rows=decoded, min_psnr=-100.0, std_range=(0.0, 1e9), max_mean=1e9)
+
     def _dataset(self, folder: Path) -> DatasetConfig:
         root, side = str(folder / "dataset"), self.image_size
         if self.pictures is Pictures.EMOJI:
             labels = -(-self.rows // 2)  # two styles of each
-            source = EmojiConfig(max_labels=labels, holdout_share=0.0)
+            source = EmojiConfig(max_labels=labels, holdout_share=0.0, rows_per_shard=self._shard_rows)
             picture = PictureConfig(image_size=side, image_format=ImageFormat.PNG)
             return DatasetConfig(root=root, source=source, picture=picture)
         _write_photos(folder / "photos", side, self.rows)
-        photos = FolderConfig(folder=str(folder / "photos"), holdout_share=0.0)
+        photos = FolderConfig(folder=str(folder / "photos"), holdout_share=0.0, rows_per_shard=self._shard_rows)
         return DatasetConfig(root=root, source=photos, picture=PictureConfig(image_size=side))
+
+
+def cpu_works() -> list[Work]:
+    """Return what is encoded on two cores; the last line of a benchmark speaks of the first."""
+    small = Network.EMOJI_F4
+    return [
+        Work(pictures=Pictures.PHOTOS, image_size=256, rows=128, network=small),
+        Work(pictures=Pictures.EMOJI, image_size=64, rows=512, network=small),
+    ]
+
+
+def gpu_works() -> list[Work]:
+    """Return what is encoded on a GPU; the last line of a benchmark speaks of the first."""
+    work = Work(
+        pictures=Pictures.PHOTOS,
+        image_size=256,
+        rows=8192,
+        network=Network.KL_F8,
+        batch_size=64,
+        precision=Precision.BF16,
+        device=Device.CUDA,
+    )
+    return [work, replace(work, image_size=512, rows=2048, batch_size=32)]
 
 
 def tars_of(dataset: str) -> list[str]:

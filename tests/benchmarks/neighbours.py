@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
+import psutil
+
 MAX_SHARE = 0.08
 """Share of the machine's CPU time that neighbours may take of a turn that counts."""
 TRIES_PER_TURN = 3
@@ -49,5 +51,6 @@ def _busy_seconds() -> float:
 
 
 def _own_seconds() -> float:
-    """Return CPU seconds of this process and of children that have ended and were waited for."""
-    return sum(os.times()[:4])
+    """Return CPU seconds of this process, of its children, and of children of either that have ended."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(process.cpu_times()[:4]) for process in processes)
