@@ -17,13 +17,12 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import tyro
@@ -41,7 +40,7 @@ from pipeline.store.schema import Row, Split
 from pipeline.store.shards import read_rows, write_shard
 from pipeline.text_table import distinct_captions, table_bytes
 from tests.benchmarks.encode_work import Work, cpu_works, gpu_works
-from tests.benchmarks.neighbours import TRIES_PER_TURN, quiet_turns
+from tests.benchmarks.neighbours import TRIES_PER_TURN, Clock, quiet_turns
 
 RESULTS = Path(__file__).parent / "results"
 GOAL = 0.95
@@ -118,23 +117,6 @@ def _measured(work: Work, settings: EncodeBenchmark, home: Path) -> dict[str, An
         "neighbours": [done.neighbours for done in turns],
         "milliseconds": Stages(config, plan.tasks).milliseconds(),
     }
-
-
-class Clock(NamedTuple):
-    """Seconds by the wall, and of CPU by all threads of this process."""
-
-    wall: float
-    cpu: float
-
-    @classmethod
-    def now(cls) -> Clock:
-        return cls(time.perf_counter(), time.process_time())
-
-    def __sub__(self, other: Clock) -> Clock:
-        return Clock(self.wall - other.wall, self.cpu - other.cpu)
-
-    def __add__(self, other: tuple[float, ...]) -> Clock:
-        return Clock(self.wall + other[0], self.cpu + other[1])
 
 
 class Bare:

@@ -119,8 +119,8 @@ def cpu_works() -> list[Work]:
     """Return what is encoded on two cores; the last line of a benchmark speaks of the first."""
     small = Network.EMOJI_F4
     return [
-        Work(pictures=Pictures.PHOTOS, image_size=256, rows=128, network=small),
-        Work(pictures=Pictures.EMOJI, image_size=64, rows=512, network=small),
+        Work(pictures=Pictures.PHOTOS, image_size=256, rows=256, network=small),
+        Work(pictures=Pictures.EMOJI, image_size=64, rows=1024, network=small),
     ]
 
 

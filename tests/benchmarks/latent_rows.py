@@ -35,7 +35,7 @@ class RowShape:
 
 SHAPES = (
     RowShape(name="256 px, MiniLM", rows=20_000, moments=(8, 32, 32), min_tokens=6, max_tokens=24, width=384),
-    RowShape(name="512 px, CLIP", rows=3_000, moments=(8, 64, 64), min_tokens=77, max_tokens=77, width=768),
+    RowShape(name="512 px, CLIP", rows=1_536, moments=(8, 64, 64), min_tokens=77, max_tokens=77, width=768),
 )
 """The last line speaks of the first."""
 

@@ -16,9 +16,27 @@ import psutil
 
 MAX_SHARE = 0.08
 """Share of the machine's CPU time that neighbours may take of a turn that counts."""
-TRIES_PER_TURN = 3
+TRIES_PER_TURN = 2
 
 Result = TypeVar("Result")
+
+
+class Clock(NamedTuple):
+    """Seconds by the wall, and of CPU by this process, its children, and children of either that have ended."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Clock:
+        """Return the time now."""
+        return cls(time.perf_counter(), _own_seconds())
+
+    def __sub__(self, other: Clock) -> Clock:
+        return Clock(self.wall - other.wall, self.cpu - other.cpu)
+
+    def __add__(self, other: tuple[float, ...]) -> Clock:
+        return Clock(self.wall + other[0], self.cpu + other[1])
 
 
 class Turn(NamedTuple, Generic[Result]):
@@ -39,10 +57,10 @@ def quiet_turns(turn: Callable[[], Result], num_turns: int, tries: int = TRIES_P
 
 
 def _watched(turn: Callable[[], Result]) -> Turn[Result]:
-    wall, busy, own = time.perf_counter(), _busy_seconds(), _own_seconds()
+    start, busy = Clock.now(), _busy_seconds()
     result = turn()
-    wall, busy, own = time.perf_counter() - wall, _busy_seconds() - busy, _own_seconds() - own
-    return Turn(result, max(0.0, busy - own) / (wall * (os.cpu_count() or 1)))
+    spent, busy = Clock.now() - start, _busy_seconds() - busy
+    return Turn(result, max(0.0, busy - spent.cpu) / (spent.wall * (os.cpu_count() or 1)))
 
 
 def _busy_seconds() -> float:
@@ -51,6 +69,5 @@ def _busy_seconds() -> float:
 
 
 def _own_seconds() -> float:
-    """Return CPU seconds of this process, of its children, and of children of either that have ended."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     return sum(sum(process.cpu_times()[:4]) for process in processes)
