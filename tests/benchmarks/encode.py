@@ -17,7 +17,6 @@ import os
 import platform
 import statistics
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,16 +28,19 @@ import tyro
 
 from ldm.conditioning.text import TextEncoder
 from ldm.config import Config
-from ldm.interop.diffusers import load_autoencoder
+from ldm.first_stage import load_autoencoder
 from ldm.types import Image
-from pipeline.encode import Device, Encoder, EncodeStage, LatentsConfig, Precision, torch_device
+from pipeline.crops import Part
+from pipeline.encode import EncodeStage
+from pipeline.encoder import Encoder, torch_device
+from pipeline.latent_config import Device, LatentsConfig, Precision
 from pipeline.latent_gate import EncodedBatch, Gate, stored_form
 from pipeline.latent_plan import plan_latents
 from pipeline.latent_shard import MOMENTS, npy_bytes
 from pipeline.plan import ShardTask
 from pipeline.store.schema import Row, Split
 from pipeline.store.shards import read_rows, write_shard
-from pipeline.text_table import distinct_captions, table_bytes
+from pipeline.text_table import distinct_captions, write_table
 from tests.benchmarks.encode_work import Work, cpu_works, gpu_works
 from tests.benchmarks.neighbours import TRIES_PER_TURN, Clock, quiet_turns
 
@@ -150,15 +152,17 @@ class Stages:
         self.text = TextEncoder(config.text, self.encoder.device)
         self.task = tasks[0]
         self.rows = list(read_rows(self.task.source_name))
+        size = config.image_size
+        self.part = Part(name="", image_size=size, size=(size, size), rows=tuple(range(len(self.rows))))
         self.captions = [tuple(json.loads(row["json"])["captions"]) for row in self.rows]
 
     def milliseconds(self, repeats: int = 3) -> dict[str, float]:
         """Return the milliseconds a row of every stage, the median of some repeats."""
-        images = [self.encoder.images(batch) for batch in self._batches()]
+        images = [self.encoder.prepare(batch, self.part).images[0] for batch in self._batches()]
         moments = [self.encoder.encode(batch) for batch in images]
         stages: dict[str, Callable[[], object]] = {
             "read": lambda: list(read_rows(self.task.source_name)),
-            "decode": lambda: [self.encoder.images(batch) for batch in self._batches()],
+            "decode": lambda: [self.encoder.prepare(batch, self.part).images[0] for batch in self._batches()],
             "forward": lambda: [self.encoder.encode(batch) for batch in images],
             "fp16": lambda: [stored_form(batch) for batch in moments],
             "text": self._embed,
@@ -181,19 +185,24 @@ class Stages:
         while batch := list(islice(rows, self.config.batch_size)):
             yield batch
 
-    def _embed(self) -> bytes:
+    def _embed(self) -> None:
         distinct = distinct_captions(self.captions)
-        embeddings = self.text.encode(distinct)
         self.text.count_truncated(distinct)
         numbers = {caption: number for number, caption in enumerate(distinct)}
-        return table_bytes(distinct, embeddings, [[numbers[text] for text in row] for row in self.captions])
+        choices = [[numbers[text] for text in row] for row in self.captions]
+        tokens = self.text.token_ids(distinct)
+        with tempfile.TemporaryDirectory(prefix="encode-benchmark-") as folder:
+            parts = self.text.parts_of_tokens(tokens)
+            write_table(f"{folder}/text.safetensors", distinct, choices, [len(row) for row in tokens], parts)
 
     def _gate(self, images: list[Image], moments: list[torch.Tensor]) -> None:
-        gate, first = Gate(self.config.gate, -100.0, self.task), 0
+        gate, first = Gate(self.config.gate, -100.0, self.task, [len(self.rows)], [MOMENTS]), 0
         for batch, made in zip(images, moments, strict=True):
             stored, faults, is_bad = stored_form(made)
-            crops = batch[gate.chosen_of(first, len(batch))]
-            encoded = EncodedBatch(first=first, forms=[stored], faults=Counter(faults), is_bad=is_bad, crops=crops)
+            crops = batch[gate.chosen_of(0, first, len(batch))]
+            encoded = EncodedBatch(
+                part=0, first=first, forms={MOMENTS: stored}, stored={}, faults=faults, is_bad=is_bad, crops=crops
+            )
             gate.take(encoded, [str(row) for row in range(len(batch))])
             first += len(batch)
         gate.judge(self.encoder.decode)

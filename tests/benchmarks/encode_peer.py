@@ -30,7 +30,8 @@ import tyro
 
 from ldm.conditioning.text import encoder_folder
 from ldm.config import Config
-from pipeline.encode import Device, EncodeStage, LatentsConfig, Precision
+from pipeline.encode import EncodeStage
+from pipeline.latent_config import Device, LatentsConfig, Precision
 from pipeline.latent_plan import plan_latents
 from pipeline.latent_shard import MOMENTS
 from pipeline.plan import Plan

@@ -11,11 +11,13 @@ import numpy as np
 import webdataset
 
 from ldm.conditioning.text_embedding import TextEmbedding
+from pipeline.latent_columns import ColumnsBuilder
+from pipeline.latent_config import ColumnsConfig
 from pipeline.latent_shard import MOMENTS, npy_bytes
 from pipeline.store.manifest import FileRecord, ShardRecord, claim_root, commit_shard, publish_manifest, shard_path
 from pipeline.store.schema import Split, key_of
 from pipeline.store.shards import write_shard
-from pipeline.text_table import distinct_captions, table_bytes
+from pipeline.text_table import distinct_captions, write_table
 
 BATCH_SIZE = 64
 SHARD_ROWS = 1000
@@ -49,14 +51,16 @@ def write_all(shape: RowShape, home: Path) -> dict[str, int]:
     np.save(home / "lengths.npy", lengths)
     (home / "names.json").write_text(json.dumps(names))
     moments, states = (np.load(home / name, mmap_mode="r") for name in ("moments.npy", "states.npy"))
-    claim_root(str(home / "ours"), "latents", (identity := {"max_tokens": shape.max_tokens}))
+    crop = {"preprocessing": {"crop": {"count": 1}}}
+    identity = {"max_tokens": shape.max_tokens, "flip": False, "latent_kind": "kl_moments", **crop}
+    claim_root(str(home / "ours"), "latents", identity)
     (home / "webdataset").mkdir()
     for number, start in enumerate(range(0, shape.rows, SHARD_ROWS)):
         rows = range(start, min(start + SHARD_ROWS, shape.rows))
         texts = {names[row][1]: np.array(states[row, : lengths[row]]) for row in rows}
         _write_shard(home / "ours", f"{number:06d}", [names[row] for row in rows], np.array(moments[rows]), texts)
         _write_tar(home / "webdataset" / f"{number:06d}.tar", [names[row] for row in rows], moments[rows], texts)
-    publish_manifest(str(home / "ours"), identity, "latents", {})
+    publish_manifest(str(home / "ours"), identity, "latents", {"shapes": [{"image_size": 8 * shape.moments[1]}]})
     return {
         "ours": sum(path.stat().st_size for path in (home / "ours" / "train").iterdir()),
         "webdataset": sum(path.stat().st_size for path in (home / "webdataset").iterdir()),
@@ -82,15 +86,29 @@ def _write_shard(
     numbers = {caption: number for number, caption in enumerate(distinct)}
     null = np.zeros((2, next(iter(texts.values())).shape[1]), np.float16)
     embeddings = [TextEmbedding(states=texts.get(caption, null)) for caption in distinct]
-    table = table_bytes(distinct, embeddings, [[numbers[caption] for caption in row] for row in captions])
+    columns = ColumnsBuilder(ColumnsConfig())
+    side = 8 * moments.shape[-1]
+    for row, (key, _) in enumerate(names):
+        columns.add(row, key, {"width": side, "height": side}, [(0.0, 0.0, float(side), float(side))])
     rows = (
         {"__key__": key, MOMENTS: npy_bytes(one), "txt": caption.encode(), "json": b"{}"}
         for (key, caption), one in zip(names, moments, strict=True)
     )
     files = write_shard(str(root), Split.TRAIN, name, rows)
-    Path(shard_path(str(root), Split.TRAIN, name, "text.safetensors")).write_bytes(table)
-    files["text.safetensors"] = FileRecord(len(table), "")
-    commit_shard(str(root), ShardRecord(name=name, split=Split.TRAIN, num_rows=len(names), files=files))
+    files["text.safetensors"] = write_table(
+        shard_path(str(root), Split.TRAIN, name, "text.safetensors"),
+        distinct,
+        [[numbers[caption] for caption in row] for row in captions],
+        [len(embedding.states) for embedding in embeddings],
+        [(range(len(distinct)), embeddings)],
+    )
+    content = columns.to_bytes()
+    Path(shard_path(str(root), Split.TRAIN, name, "columns.safetensors")).write_bytes(content)
+    files["columns.safetensors"] = FileRecord(len(content), "")
+    part = {"name": "", "image_size": side, "size": [side, side], "num_rows": len(names)}
+    details = {"parts": [part | {"moment_shape": list(moments.shape[1:])}]}
+    record = ShardRecord(name=name, split=Split.TRAIN, num_rows=len(names), files=files, details=details)
+    commit_shard(str(root), record)
 
 
 def _write_tar(path: Path, names: list[tuple[str, str]], moments: np.ndarray, texts: dict[str, np.ndarray]) -> None:
