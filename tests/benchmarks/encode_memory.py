@@ -2,8 +2,8 @@
 
 python -m tests.benchmarks.encode_memory [--rows 250 2000] [--quick] [--save]
 
-Each shard is encoded in a fresh process: resident memory once both networks are loaded and have encoded a small shard's
-first batch is what the models take; the highest afterwards, while the shard is made, is what the worker takes beside.
+Each shard is encoded in a fresh process: resident memory once both networks are loaded is what the models take; the
+highest while the shard is made, less that, is what the worker takes beside: on a CPU the activations are part of it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def run_worker(home: Path, settings: EncodeMemoryBenchmark, shard: int) -> dict[
 
 
 def measured(asked: dict[str, Any]) -> dict[str, Any]:
-    """Encode a small shard and then the one asked for, and return the peak of the second beside the models."""
+    """Encode a shard and return the peak of memory beside the models."""
     settings = {name: asked["settings"][name] for name in ("image_size", "batch_size")}
     config = latents_config(Path(asked["home"]), **settings)
     plan = plan_latents(config)
