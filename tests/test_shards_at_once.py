@@ -19,7 +19,8 @@ import ray
 from rich.console import Console
 
 from pipeline.effort import Effort, WorkByWorker, work_table
-from pipeline.encode import EncodeStage, LatentsConfig
+from pipeline.encode import EncodeStage
+from pipeline.latent_config import LatentsConfig
 from pipeline.latent_plan import plan_latents
 from pipeline.plan import Plan, Resources, ShardTask, Stage, missing
 from pipeline.progress import ShardProgress

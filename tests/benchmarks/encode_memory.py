@@ -27,7 +27,8 @@ from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.conditioning.text import TextEncoderConfig
 from ldm.config import Config
 from ldm.interop.diffusers import save_autoencoder
-from pipeline.encode import Device, EncodeStage, LatentsConfig
+from pipeline.encode import EncodeStage
+from pipeline.latent_config import Device, LatentsConfig
 from pipeline.latent_gate import GateConfig
 from pipeline.latent_plan import plan_latents
 from pipeline.store.manifest import ShardRecord, claim_root, commit_shard, publish_manifest
