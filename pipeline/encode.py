@@ -34,7 +34,6 @@ from ldm.config import Config
 from ldm.interop.diffusers import load_autoencoder
 from ldm.storage import copy_file, is_local, write_bytes
 from ldm.types import Image, Moments
-from pipeline.heap import keep_large_blocks
 from pipeline.images import Pixels, decode_pixels, image_of_pixels, image_suffix
 from pipeline.latent_gate import EncodedBatch, Gate, GateConfig, evaluated_psnr, stored_form
 from pipeline.latent_shard import FLIPPED_MOMENTS, MOMENTS, npy_bytes
@@ -109,7 +108,6 @@ class Encoder:
 
     def __init__(self, config: LatentsConfig) -> None:
         """Load the autoencoder and take the worker's share of CPUs."""
-        keep_large_blocks()
         num_threads = max(1, int(config.num_cpus))
         torch.set_num_threads(num_threads)
         self.config = config
