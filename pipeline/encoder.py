@@ -24,7 +24,6 @@ from ldm.conditioning.masks import random_mask
 from ldm.first_stage import load_autoencoder
 from ldm.types import Image, Moments
 from pipeline.crops import Part, crop_boxes, cut
-from pipeline.heap import keep_large_blocks
 from pipeline.images import Pixels, decode_pixels, image_of_pixels, image_suffix
 from pipeline.latent_config import Device, LatentsConfig, Precision
 from pipeline.latent_shard import low_res_name, map_name, mask_name, masked_name, moments_name
@@ -65,7 +64,6 @@ class Encoder:
 
     def __init__(self, config: LatentsConfig) -> None:
         """Load the autoencoder and take the worker's share of CPUs."""
-        keep_large_blocks()
         num_threads = max(1, int(config.num_cpus))
         torch.set_num_threads(num_threads)
         self.config = config
