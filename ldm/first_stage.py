@@ -136,7 +136,9 @@ def find_autoencoder(where: str) -> Place:
         return _place(where)
     if local.exists():
         return _place(str(local))
-    if where.startswith(_LOCAL_ONLY) or not _HUB_NAME.fullmatch(where):
+    # Below a folder that is here, a name is a slip of the pen; hf:// says that the hub is meant.
+    is_below_a_folder = Path(local.parts[0]).is_dir()
+    if where.startswith(_LOCAL_ONLY) or is_below_a_folder or not _HUB_NAME.fullmatch(where):
         raise NoAutoencoderError(f"there is no autoencoder at {where}: no such file or folder")
     return _at_the_hub(where)
 

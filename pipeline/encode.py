@@ -110,6 +110,7 @@ class EncodeStage:
             raise ValueError(f"{task.source_name} has {num_rows} rows, its manifest says {task.num_rows}")
         with on_this_machine(task.source_name) as path:
             facts = [json.loads(member(path, index, row, "json")) for row in range(num_rows)]
+            ColumnsBuilder(self.config.columns).check(index.keys, facts)
             captions = [tuple(fact["captions"]) or ("",) for fact in facts]
             distinct = distinct_captions(captions)
             number_of_caption = {caption: number for number, caption in enumerate(distinct)}

@@ -24,7 +24,7 @@ from PIL import Image as PillowImage
 from ldm.config import Config
 from ldm.randomness import Draw, uniform
 from ldm.types import Image, SampleIndex
-from pipeline.local_shards import groups_of, open_local_shards
+from pipeline.local_shards import groups_of, max_open, open_local_shards
 from pipeline.order import Order, Positions, Rows, check_world, rank_positions, rows_at, sequential_rows_at
 from pipeline.prefetch import prefetched
 from pipeline.store.manifest import Manifest
@@ -32,7 +32,6 @@ from pipeline.store.schema import Split
 from pipeline.store.shards import ShardIndex, read_index
 
 IMAGE_SUFFIXES = ("png", "jpg", "webp")
-MAX_OPEN_SHARDS = 1024
 
 Pixels = UInt8[np.ndarray, "y x 3"]
 
@@ -119,6 +118,8 @@ class ImageLoader:
         self._decoded: dict[tuple[int, int], Pixels] = {}
         self._decoded_bytes = 0
         self._lock = Lock()
+        self._max_open = max_open(1)
+        self._side = manifest.image_size
 
     @property
     def num_rows(self) -> int:
@@ -158,7 +159,7 @@ class ImageLoader:
             return kept
         content, places, column = self._shard(shard)
         start = int(places.offsets[row, column])
-        pixels = decode_pixels(content[start : start + int(places.sizes[row, column])].tobytes())
+        pixels = self._square(decode_pixels(content[start : start + int(places.sizes[row, column])].tobytes()))
         with self._lock:
             if (
                 self._decoded_bytes + pixels.nbytes <= self.config.max_cached_bytes
@@ -168,12 +169,20 @@ class ImageLoader:
                 self._decoded_bytes += pixels.nbytes
         return pixels
 
+    def _square(self, pixels: Pixels) -> Pixels:
+        """Return the centre square of a picture that is longer than the dataset's image size."""
+        height, width = pixels.shape[:2]
+        if height == width or min(height, width) < self._side:
+            return pixels
+        top, left = (height - self._side) // 2, (width - self._side) // 2
+        return np.ascontiguousarray(pixels[top : top + self._side, left : left + self._side])
+
     def _shard(self, number: int) -> _OpenShard:
         """Return a shard's memory map and index; the most recently used ones stay open."""
         with self._lock:
             shard = self._open.pop(number, None) or self._opened(number)
             self._open[number] = shard
-            if len(self._open) > MAX_OPEN_SHARDS:
+            if len(self._open) > self._max_open:
                 self._open.popitem(last=False)
             return shard
 

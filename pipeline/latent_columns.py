@@ -69,6 +69,21 @@ class ColumnsBuilder:
         self._class_ids: list[int] = []
         self._boxes: list[list[list[float]]] = []
 
+    def check(self, keys: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse rows whose classes or layouts are not what the config says, before any of them is encoded.
+
+        Raises:
+            ValueError: naming the attribute that no row has, or the first row that is wrong.
+        """
+        told = [fact.get("attributes") or {} for fact in facts]
+        for name in filter(None, (self.config.class_attribute, self.config.boxes_attribute)):
+            if not any(name in attributes for attributes in told):
+                there = ", ".join(sorted({attribute for attributes in told for attribute in attributes})) or "none"
+                raise ValueError(f"no row has an attribute {name!r}; their attributes: {there}")
+        for key, attributes in zip(keys, told, strict=True):
+            self._class_of(key, attributes)
+            self._layout_of(key, attributes)
+
     def add(self, text_row: int, key: str, facts: Mapping[str, Any], crops: Sequence[Box]) -> dict[str, Any]:
         """Take a row whose crops are these boxes of its original; return what a plain reader finds in its JSON.
 
@@ -83,16 +98,21 @@ class ColumnsBuilder:
         told: dict[str, Any] = {"size": list(size), "crops": rounded}
         attributes = facts.get("attributes") or {}
         if self.config.class_attribute:
-            found = attributes.get(self.config.class_attribute)
-            number = NO_CLASS if found is None else _number(key, found, self._class_number)
+            number = self._class_of(key, attributes)
             self._class_ids.append(number)
             told["class"] = number
         if self.config.boxes_attribute:
-            layout = [_box(key, box, self._box_number) for box in attributes.get(self.config.boxes_attribute) or ()]
-            seen = [_seen(layout, crop) for crop in crops]
+            seen = [_seen(self._layout_of(key, attributes), crop) for crop in crops]
             self._boxes += seen
             told["boxes"] = seen
         return told
+
+    def _class_of(self, key: str, attributes: Mapping[str, Any]) -> int:
+        found = attributes.get(self.config.class_attribute)
+        return NO_CLASS if found is None else _number(key, found, self._class_number)
+
+    def _layout_of(self, key: str, attributes: Mapping[str, Any]) -> list[tuple[int, Box]]:
+        return [_box(key, box, self._box_number) for box in attributes.get(self.config.boxes_attribute) or ()]
 
     def to_bytes(self) -> bytes:
         """Return the file's content."""

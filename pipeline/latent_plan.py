@@ -11,6 +11,7 @@ from ldm.conditioning.text import TextEncoder, TextEncoderConfig, TextEncoderKin
 from ldm.first_stage import load_autoencoder
 from ldm.interop.diffusers import weights_digest
 from ldm.storage import is_local
+from pipeline.crops import buckets_of
 from pipeline.encode import EncodeStage, picture_config
 from pipeline.encoder import torch_device
 from pipeline.ingest.geometry import landscape_buckets
@@ -104,11 +105,25 @@ def _check_sizes(config: LatentsConfig, factor: int, picture: PictureConfig | No
             raise ValueError(f"image_size {size} is more than the dataset's {picture.image_size} in {where}")
         if has_buckets and size % config.crop.bucket_step:
             raise ValueError(f"image_size must be a multiple of crop.bucket_step {config.crop.bucket_step}, got {size}")
+    low_res = config.columns.low_res_factor
+    if has_buckets and low_res and config.crop.bucket_step % low_res:
+        raise ValueError(f"columns.low_res_factor {low_res} must divide crop.bucket_step {config.crop.bucket_step}")
     if has_buckets and config.crop.bucket_step % factor:
         raise ValueError(f"crop.bucket_step must be a multiple of {factor}, got {config.crop.bucket_step}")
+    for size in config.image_sizes if has_buckets else ():
+        if len(buckets_of(size, config).landscape()) < 2:
+            step = config.crop.bucket_step
+            raise ValueError(f"buckets of step {step} at {size} px are only the square: lower crop.bucket_step")
     if picture is None:
         return
-    if config.crop.count > 1 and picture.resize in (ResizeMode.CENTRE_CROP, ResizeMode.PAD) and not has_buckets:
+    for width, height in landscape_buckets(picture) if picture.resize is ResizeMode.BUCKETS and has_buckets else ():
+        wanted = buckets_of(config.image_size, config).nearest(width, height)
+        if wanted[0] > width or wanted[1] > height:
+            raise ValueError(
+                f"pictures in {where} come as {width}x{height}, their nearest bucket is {wanted[0]}x{wanted[1]}: "
+                f"take the dataset's crop.bucket_step, {picture.bucket_step}, or a smaller image_size"
+            )
+    if config.crop.count > 1 and picture.resize in (ResizeMode.CENTRE_CROP, ResizeMode.PAD):
         raise ValueError(
             f"the pictures in {where} are squares: {config.crop.count} crops of one would be the same; make the "
             "dataset with picture.resize short-side"

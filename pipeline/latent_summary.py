@@ -92,6 +92,7 @@ def file_groups(manifest: Manifest, split: Split, parts: Sequence[CachedPart]) -
             record=shards[part.shard],
             suffixes=(*(f"{part.name}.{suffix}".lstrip(".") for suffix in PART_SUFFIXES), TEXT_SUFFIX),
             num_rows=part.num_rows,
+            shared=(TEXT_SUFFIX,) if len(shards[part.shard].details["parts"]) > 1 else (),
         )
         for part in parts
     ]
@@ -99,6 +100,8 @@ def file_groups(manifest: Manifest, split: Split, parts: Sequence[CachedPart]) -
 
 def cached_size(manifest: Manifest, image_size: int = 0) -> int:
     """Return an image size of a cache: the one named, or the only one; raises ValueError as `cached_parts`."""
+    if "shapes" not in manifest.summary:
+        raise ValueError("these latents have an older format than this code reads: make them again")
     there = sorted({shape["image_size"] for shape in manifest.summary["shapes"]})
     if image_size in there or (not image_size and len(there) == 1):
         return int(image_size or there[0])

@@ -31,13 +31,14 @@ from pipeline.batch_columns import Columns, RowDraws, gathered_columns, joined_c
 from pipeline.bucket_order import BucketOrder, rank_rows
 from pipeline.latent_shard import LatentShard, open_latent_shard
 from pipeline.latent_summary import cached_parts, file_groups
-from pipeline.local_shards import open_local_shards
+from pipeline.local_shards import max_open, open_local_shards
 from pipeline.order import Order, Positions, Rows, check_world, sequential_rows_at
 from pipeline.prefetch import prefetched
 from pipeline.store.manifest import Manifest
 from pipeline.store.schema import Split
 
-MAX_OPEN_SHARDS = 1024
+FILES_OF_SHARD = 3
+"""Memory maps of an open tar: itself, its columns, its text."""
 AHEAD_WINDOWS = 16
 """How many windows before it is needed the copy of a shard begins."""
 NUM_CHECKED_WINDOWS = 64
@@ -143,6 +144,7 @@ class LatentLoader:
         self._in_sequence = Order(shard_sizes=tuple(part.num_rows for part in self._parts), seed=config.seed)
         self._open: OrderedDict[int, LatentShard] = OrderedDict()
         self._lock = Lock()
+        self._max_open = max_open(FILES_OF_SHARD)
         if self._files.is_limited:
             self._check_room()
 
@@ -161,7 +163,7 @@ class LatentLoader:
         return self._made_ahead(samples_seen)
 
     def rows(self, start: int, stop: int) -> LatentBatch:
-        """Return rows [start, stop) of the split, shape after shape in the manifest's order, with their first captions.
+        """Return rows [start, stop) of the split, shape after shape: first captions, middle crops.
 
         Raises:
             ValueError: if there are no such rows, or they have several shapes; `spans` tells which have one.
@@ -169,7 +171,7 @@ class LatentLoader:
         positions, rows = self._fixed(start, stop)
         never = np.zeros(len(positions), bool)
         nought = np.zeros(len(positions))
-        gathered = self._gathered(positions, rows, RowDraws(nought, never, never, nought, nought))
+        gathered = self._gathered(positions, rows, RowDraws(nought, never, never, nought + 0.5, nought))
         return self._batch(gathered, 0, len(positions))
 
     def spans(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
@@ -349,7 +351,7 @@ class LatentLoader:
                 with self._files.paths(number) as paths:
                     shard = open_latent_shard(*paths)
             self._open[number] = shard
-            if len(self._open) > MAX_OPEN_SHARDS:
+            if len(self._open) > self._max_open:
                 self._open.popitem(last=False)
             return shard
 

@@ -7,21 +7,37 @@ non-local root is copied into the cache folder when it is asked for, or ahead of
 from __future__ import annotations
 
 import hashlib
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
 from ldm.storage import exists, is_local, join, list_names, sha256_of
-from pipeline.shard_cache import CachedFile, Hold, ShardCache
+from pipeline.shard_cache import CachedFile, ShardCache
 from pipeline.store.manifest import FileRecord, Manifest, ShardRecord, shard_path
 from pipeline.store.schema import Split
 
 NUM_READERS = 8
+MAX_OPEN = 1024
+"""Shards that a loader keeps open, where the system allows for as many files."""
+SPARE_FILES = 256
+"""Files that a process may need beside them."""
 CACHE_NAME = "shard-cache"
 """Folder of the copies inside the cache folder, which may hold a person's other things."""
+
+
+class Holds:
+    """Holds of several folders of copies."""
+
+    def __init__(self, holds: ExitStack) -> None:
+        self._holds = holds
+
+    def close(self) -> None:
+        """Let all folders be deleted when room is needed; a second call does nothing."""
+        self._holds.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,11 +48,26 @@ class FileGroup:
         record: the shard.
         suffixes: which of its files, such as ("tar", "index").
         num_rows: rows in them.
+        shared: those of them that other groups of the shard use as well.
     """
 
     record: ShardRecord
     suffixes: tuple[str, ...]
     num_rows: int
+    shared: tuple[str, ...] = ()
+
+    def folder_name(self, suffix: str) -> str:
+        """Return the folder of a file's copy: what groups share lies apart, so that each group can be deleted alone."""
+        own = [name for name in self.suffixes if (name in self.shared) == (suffix in self.shared)]
+        # The digest in the name keeps copies of two versions of one folder apart.
+        digests = "".join(self.record.files[name].sha256 for name in sorted(own))
+        return f"{self.record.name}-{hashlib.sha256(digests.encode()).hexdigest()[:16]}"
+
+
+def max_open(files_of_shard: int) -> int:
+    """Return how many shards a loader may keep open, each of which takes so many of the process's files."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, min(MAX_OPEN, (allowed - SPARE_FILES) // files_of_shard))
 
 
 def groups_of(manifest: Manifest, split: Split, suffixes: tuple[str, ...]) -> list[FileGroup]:
@@ -58,7 +89,7 @@ class LocalShards:
     root: str
     shards: tuple[FileGroup, ...]
     cache: ShardCache | None
-    _used: dict[int, Hold] = field(default_factory=dict)
+    _used: dict[int, Holds] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
 
     @property
@@ -81,8 +112,8 @@ class LocalShards:
             ValueError: if the bytes that came are not those of the manifest, or there is no room for them.
         """
         files = self._files(shard)
-        held = nullcontext() if self.cache is None else closing(self._held(shard))
-        with held:
+        holds = None if self.cache is None else self._held(shard)
+        with nullcontext() if holds is None else closing(holds):
             yield tuple(file.target for file in files)
 
     def use(self, shards: Sequence[int]) -> None:
@@ -151,33 +182,38 @@ class LocalShards:
         if self.cache is None:
             targets = [Path(source.removeprefix("file://")) for source in sources]
         else:
-            # The digest in the name keeps copies of two versions of one folder apart.
-            digests = "".join(record.files[suffix].sha256 for suffix in sorted(record.files))
-            digest = hashlib.sha256(digests.encode()).hexdigest()[:16]
-            folder = self.cache.folder / record.split.value / f"{record.name}-{digest}"
-            targets = [folder / f"{record.name}.{suffix}" for suffix in suffixes]
+            group, folder = self.shards[shard], self.cache.folder / record.split.value
+            targets = [folder / group.folder_name(suffix) / f"{record.name}.{suffix}" for suffix in suffixes]
         return tuple(
             CachedFile(source=source, target=target, record=record.files[suffix])
             for source, target, suffix in zip(sources, targets, suffixes, strict=True)
         )
 
-    def _held(self, shard: int) -> Hold:
+    def _held(self, shard: int, *, is_needed: bool = True) -> Holds | None:
+        """Return holds of the folders of a shard's files; None if they are not needed and there is no room."""
         assert self.cache is not None
-        hold = self.cache.hold(self._files(shard))
-        assert hold is not None
-        return hold
+        by_folder: dict[Path, list[CachedFile]] = {}
+        for file in self._files(shard):
+            by_folder.setdefault(file.target.parent, []).append(file)
+        with ExitStack() as undo:
+            for files in by_folder.values():
+                hold = self.cache.hold(files, is_needed=is_needed)
+                if hold is None:
+                    return None
+                undo.callback(hold.close)
+            return Holds(undo.pop_all())
 
     def _use(self, shard: int) -> None:
-        hold = self._held(shard)
+        holds = self._held(shard)
+        assert holds is not None
         if not self.is_limited:  # nobody here deletes, and there may be more shards than a process may have files
-            hold.close()
-        self._used[shard] = hold
+            holds.close()
+        self._used[shard] = holds
 
     def _fetch(self, shard: int) -> None:
-        assert self.cache is not None
-        hold = self.cache.hold(self._files(shard), is_needed=False)
-        if hold is not None:
-            hold.close()
+        holds = self._held(shard, is_needed=False)
+        if holds is not None:
+            holds.close()
 
 
 def open_local_shards(

@@ -18,6 +18,7 @@ from pipeline.crops import crop_boxes, cut
 from pipeline.encoder import Encoder
 from pipeline.images import decode_pixels, image_of_pixels, image_suffix
 from pipeline.ingest.picture import ResizeMode
+from pipeline.latent_columns import ColumnsBuilder
 from pipeline.latent_config import ColumnsConfig, CropConfig
 from pipeline.latent_plan import plan_latents
 from pipeline.latent_shard import masked_name, moments_name
@@ -70,11 +71,56 @@ def test_columns_that_are_not_what_the_config_says_are_refused(short_side, tmp_p
         cache(short_side, tmp_path, columns=ColumnsConfig(**columns))
 
 
-def test_columns_rows_without_a_class_have_none(short_side: Path, tmp_path: Path) -> None:
-    config, _ = cache(short_side, tmp_path, columns=ColumnsConfig(class_attribute="nowhere", boxes_attribute="neither"))
-    batch = next(loader_of(config).batches())
-    assert batch.columns["class_id"].tolist() == [-1] * 4
-    assert (batch.columns["boxes"][..., 0] == -1).all()
+def test_columns_attribute_that_no_row_has_is_refused_before_anything_is_encoded(short_side, tmp_path) -> None:
+    for columns in (ColumnsConfig(class_attribute="knid"), ColumnsConfig(boxes_attribute="knid")):
+        with pytest.raises(ValueError, match="no row has an attribute 'knid'; their attributes: kind, layout"):
+            cache(short_side, tmp_path / columns.digest(), columns=columns)
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_columns_rows_without_a_class_have_none() -> None:
+    builder = ColumnsBuilder(ColumnsConfig(class_attribute="kind"))
+    facts = [{"width": 8, "height": 8, "attributes": {"kind": 3}}, {"width": 8, "height": 8}]
+    builder.check(("a", "b"), facts)
+    told = [builder.add(row, "ab"[row], fact, [(0.0, 0.0, 8.0, 8.0)]) for row, fact in enumerate(facts)]
+    assert [fact["class"] for fact in told] == [3, -1]
+
+
+def test_columns_are_those_of_the_very_crop_whose_moments_come(short_side: Path, tmp_path: Path) -> None:
+    """Moments tell which crop was drawn and whether it is mirrored; everything else must agree."""
+    columns = ColumnsConfig(boxes_attribute="layout", box_classes=("corner",), low_res_factor=4)
+    config, _ = cache(short_side, tmp_path, columns=columns, crop=CropConfig(count=3), flip=True)
+    rows = {row["__key__"]: row for row in cached_rows(config)}
+    told = {key: json.loads(row["json"]) for key, row in rows.items()}
+    forms = {
+        (key, crop, flipped): np.load(io.BytesIO(row[moments_name(crop, flipped)]))
+        for key, row in rows.items()
+        for crop in range(3)
+        for flipped in (False, True)
+    }
+    drawn = set()
+    for batch in islice(loader_of(config).batches(), 60):
+        for place, key in enumerate(batch.keys):
+            moments = batch.moments[place].numpy()
+            alike = [form for form in forms if form[0] == key and np.array_equal(forms[form], moments)]
+            if len(alike) != 1:  # crops of a square picture are one
+                continue
+            _, crop, flipped = alike[0]
+            drawn.add((crop, flipped))
+            top, left, height, width = told[key]["crops"][crop]
+            left = told[key]["size"][1] - left - width if flipped else left
+            assert batch.columns["crop"][place].tolist() == pytest.approx([top, left, height, width], abs=1e-3)
+            small = np.load(io.BytesIO(rows[key]["low_res.npy" if not crop else f"low_res{crop}.npy"]))
+            small = small[..., ::-1] if flipped else small
+            assert np.array_equal(np.float32(small) / 127.5 - 1, batch.columns["low_res"][place].numpy())
+            layout = [
+                [number, 1 - right, y, 1 - x, bottom] if flipped else [number, x, y, right, bottom]
+                for number, x, y, right, bottom in told[key]["boxes"][crop]
+            ]
+            found = batch.columns["boxes"][place]
+            assert found[: len(layout)].flatten().tolist() == pytest.approx(np.float32(layout).flatten().tolist())
+            assert (found[len(layout) :, 0] == -1).all()
+    assert len(drawn) == 6
 
 
 def test_columns_low_resolution_copy_is_that_of_the_crop(short_side: Path, tmp_path: Path) -> None:
@@ -151,12 +197,13 @@ def test_columns_semantic_map_is_cut_as_its_picture_is(tmp_path: Path) -> None:
         write_shard(str(tmp_path / "dataset"), split, "000000", rows)
     config, _ = cache(tmp_path, tmp_path, image_size=16, columns=ColumnsConfig(map_member="map.png"), flip=True)
     reds = {row["__key__"]: decode_pixels(row["png"])[..., 0] // 32 for row in source_rows(tmp_path).values()}
-    flips = set()
+    flips, stored = set(), {row["__key__"]: row for row in cached_rows(config)}
     for batch in islice(loader_of(config).batches(), 12):
         for place, key in enumerate(batch.keys):
             shown = batch.columns["semantic_map"][place].numpy()
-            is_plain = np.array_equal(shown, reds[key])
-            assert is_plain or np.array_equal(shown, reds[key][:, ::-1])
+            plain = np.load(io.BytesIO(stored[key]["moments.npy"]))
+            is_plain = np.array_equal(plain, batch.moments[place].numpy())
+            assert np.array_equal(shown, reds[key] if is_plain else reds[key][:, ::-1])
             flips.add(is_plain)
     assert flips == {True, False}
     lacking = latents_config(tmp_path, root=str(tmp_path / "more"), columns=ColumnsConfig(map_member="seg.png"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import webdataset
 from PIL import Image
 
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig
+from pipeline import shard_cache
 from pipeline.bucket_order import BucketOrder
 from pipeline.crops import crop_boxes, cut, original_box
 from pipeline.encoder import Encoder
@@ -25,8 +27,9 @@ from pipeline.latent_plan import plan_latents
 from pipeline.latent_report import write_latent_report
 from pipeline.latent_shard import moments_name
 from pipeline.latent_verification import verify_latents
+from pipeline.loader import LatentLoader
 from pipeline.order import Order, rank_positions, rows_at
-from pipeline.store.manifest import Manifest, verify
+from pipeline.store.manifest import Manifest, load_manifest, verify
 from pipeline.store.schema import Split
 from tests.tiny_latents import latents_config, write_autoencoder, write_dataset
 from tests.varied_pictures import cache, cached_rows, dataset_in, loader_of, source_rows
@@ -150,6 +153,23 @@ def test_bucket_order_of_one_bucket_is_that_of_its_rows() -> None:
     assert [order.place_of(start) for start in (0, 4, 7, 400)] == [(0, 0), (0, 4), (0, 7), (0, 400)]
 
 
+def test_buckets_under_a_limit_of_copies_are_read_as_without_one(
+    bucketed, s3, s3_root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes of one shard are deleted one by one, and their common text apart from them."""
+    monkeypatch.setattr("pipeline.loader.WINDOW_ROWS", 4)
+    monkeypatch.setattr(shard_cache, "ROOM_SECONDS", 0.5)
+    config, manifest = bucketed
+    s3.client().put(config.root, s3_root.removeprefix("s3://"), recursive=True)
+    remote = replace(loader_of(config).config, root=s3_root, cache_folder=str(tmp_path))
+    sizes = [sum(shard.files[name].num_bytes for name in shard.files) for shard in manifest.shards_of(Split.TRAIN)]
+    limited = LatentLoader(load_manifest(s3_root), replace(remote, cache_bytes=int(0.8 * sum(sizes))))
+    here = loader_of(config)
+    for one, other in zip(islice(limited.batches(), 40), islice(here.batches(), 40), strict=True):
+        assert one.keys == other.keys
+        assert torch.equal(one.moments, other.moments)
+
+
 # Where crops lie
 
 
@@ -235,6 +255,7 @@ def test_square_crops_of_pictures_in_buckets_are_refused(tmp_path: Path) -> None
         ({"crop": CropConfig(shape=CropShape.BUCKETS, bucket_step=12)}, "multiple of crop.bucket_step 12, got 32"),
         ({"crop": CropConfig(more_sizes=(64,))}, "image_size 64 is more than the dataset's 32"),
         ({"crop": CropConfig(more_sizes=(15,))}, "multiple of 2, got 15"),
+        ({"crop": CropConfig(shape=CropShape.BUCKETS, bucket_step=16)}, "step 16 at 32 px are only the square"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(short_side: Path, fields: dict, named: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,44 @@ import pytest
 import torch
 
 from jobs.wiring.train_ldm import check_inputs
+from ldm.conditioning.text import TextEncoder, TextEncoderConfig
 from ldm.interop.weights import load_weights
 from ldm.text_to_image import load_text_to_image
+from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig
+from ldm.training.optim import OptimConfig
+from ldm.training.world import World
 from pipeline.ingest.picture import ResizeMode
 from pipeline.latent_config import CropConfig, CropShape, TextStorage
+from pipeline.latent_summary import latent_space
+from pipeline.loader import LatentLoader, LoaderConfig
+from pipeline.store.manifest import load_manifest
+from pipeline.store.schema import Split
 from tests.tiny_training import run, stopping_after, tiny_config
 from tests.varied_pictures import cache, dataset_in
 
 WEIGHTS = "model/unet/diffusion_pytorch_model.safetensors"
+
+
+class OneOfSeveral(World):
+    """A rank whose fellows are not there: its mean is its own value."""
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+class CountingNetwork:
+    """An engine whose network says nothing, and counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.num_forwards = 0
+        self.raw = torch.nn.Linear(1, 1)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def wrapped(self, noisy: torch.Tensor, *_: object) -> torch.Tensor:
+        self.num_forwards += 1
+        return torch.zeros_like(noisy)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Latents in buckets, at two sizes, with token ids only."""
     path = tmp_path_factory.mktemp("shapes")
     dataset_in(path, ResizeMode.SHORT_SIDE)
-    crop = CropConfig(shape=CropShape.BUCKETS, bucket_step=8, more_sizes=(16,))
+    crop = CropConfig(shape=CropShape.BUCKETS, bucket_step=4, more_sizes=(16,))
     cache(path, path, crop=crop, text_storage=TextStorage.ONLINE)
     return path
 
@@ -46,3 +77,32 @@ def test_training_must_say_which_of_several_sizes_and_reads_that_one(folder: Pat
         check_inputs(config)
     run(replace(config, image_size=16))
     assert load_text_to_image(config.model_folder, torch.device("cpu")).card.latent_size == (8, 8)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_validation_on_several_shapes_is_as_many_forwards_on_every_rank(folder: Path, world: int) -> None:
+    """Under ZeRO-3 a forward is one of all ranks: one that makes fewer leaves the others waiting."""
+    manifest = load_manifest(str(folder / "latents"))
+    config = LoaderConfig(root=str(folder / "latents"), split=Split.VALIDATION, image_size=32)
+    embed = TextEncoder(TextEncoderConfig(max_tokens=16), torch.device("cpu")).encode_tokens
+    found = []
+    for rank in range(world):
+        network = CountingNetwork()
+        ranks = OneOfSeveral(rank=rank, size=world, device=torch.device("cpu"))
+        task = DiffusionTask(
+            engine=network,  # type: ignore[arg-type]
+            objective=ObjectiveConfig(),
+            optim=OptimConfig(),
+            space=latent_space(manifest),
+            held_out=LatentLoader(manifest, config, embed=embed),
+            world=ranks,
+            micro_batches=lambda rows: [(0, rows)],
+            total_samples=1,
+            seed=0,
+            preview=None,
+        )
+        loss = task.validate()["validation_loss"]
+        found.append((network.num_forwards, loss))
+    assert len({forwards for forwards, _ in found}) == 1
+    whole = sum(loss for _, loss in found) / world  # a stand-in for the mean over ranks
+    assert whole == pytest.approx(1.0, abs=0.2)  # of a network that says nothing: the noise's own square

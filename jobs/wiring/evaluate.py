@@ -28,6 +28,7 @@ from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
 from ldm.types import Condition, Image, LatentBatch
 from pipeline.images import ImageLoader, ImageLoaderConfig
+from pipeline.ingest.picture import ResizeMode
 from pipeline.latent_plan import token_embedder
 from pipeline.latent_summary import latent_size
 from pipeline.loader import LatentLoader, LoaderConfig
@@ -107,6 +108,8 @@ def evaluate_worker(
             f"the protocol compares images of {config.protocol.image_size} px, "
             f"{config.dataset} has {dataset.image_size}"
         )
+    if dataset.identity.get("picture", {}).get("resize") == ResizeMode.BUCKETS:
+        raise ValueError(f"the protocol compares squares, the pictures in {config.dataset} come in buckets")
     split = Split(config.protocol.split)
     images = ImageLoader(dataset, ImageLoaderConfig(root=config.dataset, split=split))
     held_out = LatentLoader(

@@ -29,6 +29,7 @@ from ldm.training.state import TrainState
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
 from pipeline.images import ImageLoader, ImageLoaderConfig
+from pipeline.ingest.picture import ResizeMode
 from pipeline.order import check_world
 from pipeline.store.manifest import Manifest, load_manifest
 from pipeline.store.schema import Split
@@ -114,6 +115,11 @@ def check_inputs(config: TrainAutoencoderConfig) -> Manifest:
     size = manifest.image_size
     if size % config.autoencoder.factor:
         raise ValueError(f"images of {size} px are no multiple of the autoencoder's factor {config.autoencoder.factor}")
+    if manifest.identity.get("picture", {}).get("resize") == ResizeMode.BUCKETS:
+        raise ValueError(
+            f"the pictures in {config.dataset} come in buckets; an autoencoder is trained on centre squares: make a "
+            "dataset with picture.resize short-side, or centre-crop"
+        )
     check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
     if manifest.num_rows(Split.VALIDATION) == 0:
         raise ValueError(f"{config.dataset} holds no validation rows; hold some out when the dataset is made")

@@ -113,12 +113,16 @@ class DiffusionTask:
         measure = Denoising(
             schedule=self._schedule, prediction=self.objective.prediction, space=self.space, num_rows=num_rows
         )
-        share = num_rows // self.world.size
+        spans = list(self.held_out.spans(0, num_rows, min(64, -(-num_rows // self.world.size))))
         total = torch.zeros((), device=self.world.device)
         with self.engine.averaged(), torch.no_grad():
-            for start, stop in self.held_out.spans(self.world.rank * share, (self.world.rank + 1) * share, 64):
-                total += measure.losses(self._network, self._on_device(self.held_out.rows(start, stop))).sum()
-        return {"validation_loss": float(self.world.mean(total)) / share}
+            # Every rank makes as many forwards, since under ZeRO-3 each is one of all ranks; some of no account.
+            for first in range(0, len(spans), self.world.size):
+                number = first + self.world.rank
+                rows = self.held_out.rows(*spans[min(number, len(spans) - 1)])
+                losses = measure.losses(self._network, self._on_device(rows)).sum()
+                total += losses if number < len(spans) else 0 * losses
+        return {"validation_loss": float(self.world.mean(total)) * self.world.size / num_rows}
 
     def pictures(self) -> dict[str, Image]:
         """Return sample images of the averaged weights."""
