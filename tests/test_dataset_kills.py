@@ -65,7 +65,8 @@ def survives(images: Path, unbroken: tuple[Path, float], folder: Path, num_kills
 
 
 def test_dataset_killed_three_times_is_the_one_never_killed(images, unbroken, tmp_path):
-    survives(images, unbroken, tmp_path, 3, str(tmp_path / "dataset"))
+    story = survives(images, unbroken, tmp_path, 3, str(tmp_path / "dataset"))
+    assert any(": killed" in line for line in story), story
 
 
 @pytest.mark.slow
