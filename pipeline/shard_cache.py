@@ -194,8 +194,8 @@ class ShardCache:
 def _held(folder: Path) -> int:
     """Return a descriptor with a shared lock of a folder, which is made if need be."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # deleted in between
+        with suppress(FileNotFoundError, FileExistsError):  # deleted in between, also between mkdir's own two looks
+            folder.mkdir(parents=True, exist_ok=True)
             descriptor = _locked(folder, os.O_RDONLY, fcntl.LOCK_SH)
             assert descriptor is not None
             return descriptor
