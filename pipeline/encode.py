@@ -40,7 +40,7 @@ from pipeline.ingest.picture import PictureConfig
 from pipeline.latent_columns import ColumnsBuilder
 from pipeline.latent_config import LatentsConfig, TextStorage
 from pipeline.latent_gate import EncodedBatch, Gate, evaluated_psnr, stored_form
-from pipeline.latent_shard import PART_SUFFIXES, TEXT_SUFFIX, moments_name, npy_bytes
+from pipeline.latent_shard import PART_SUFFIXES, TEXT_SUFFIX, moments_name, npy_bytes, part_file
 from pipeline.plan import ShardTask
 from pipeline.prefetch import prefetched
 from pipeline.store.manifest import IDENTITY_NAME, FileRecord, ShardRecord, shard_path
@@ -164,8 +164,8 @@ class EncodeStage:
                 # The gate stands at the end of the last one's rows: if it refuses, that tar is not published either.
                 members = self._members(source, parts, number, columns, gate)
                 made = write_shard(self.config.root, task.split, f"{task.name}{_dotted(part)}", members)
-                files |= {f"{part.name}.{suffix}".lstrip("."): record for suffix, record in made.items()}
-                suffix = f"{part.name}.{PART_SUFFIXES[2]}".lstrip(".")
+                files |= {part_file(part.name, suffix): record for suffix, record in made.items()}
+                suffix = part_file(part.name, PART_SUFFIXES[2])
                 files[suffix] = self._write(task, suffix, columns.to_bytes())
         except ValueError:
             for suffix in files:

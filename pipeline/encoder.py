@@ -9,7 +9,6 @@ Letters: b batch, m moment channel, h latent row, w latent column, y pixel row, 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -147,11 +146,6 @@ class Encoder:
     def _arithmetic(self) -> torch.autocast:
         dtype = torch.float16 if self.config.precision is Precision.FP16 else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.config.precision is not Precision.FP32)
-
-
-def captions_of(row_json: bytes) -> tuple[str, ...]:
-    """Return the captions of a dataset's row, the empty one for a row without."""
-    return tuple(json.loads(row_json)["captions"]) or ("",)
 
 
 def has_gpu() -> bool:

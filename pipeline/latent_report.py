@@ -24,7 +24,7 @@ from pipeline.crops import Part
 from pipeline.encoder import Encoder
 from pipeline.latent_config import Device, LatentsConfig
 from pipeline.latent_gate import Chosen
-from pipeline.latent_shard import MOMENTS
+from pipeline.latent_shard import MOMENTS, part_file
 from pipeline.report import REPORT_NAME, data_uri
 from pipeline.report_charts import Axis, histogram_figure
 from pipeline.report_document import document, making, section, table
@@ -89,7 +89,7 @@ def chosen_rows(manifest: Manifest, num_rows: int) -> list[tuple[ShardRecord, Ch
 def _pair(config: LatentsConfig, encoder: Encoder, shard: ShardRecord, chosen: Chosen) -> _Pair:
     told = shard.details["parts"][chosen.part]
     part = Part(name=told["name"], image_size=told["image_size"], size=tuple(told["size"]), rows=())
-    latents = _row(config.root, shard, f"{part.name}.tar".lstrip("."), chosen.row)
+    latents = _row(config.root, shard, part_file(part.name, "tar"), chosen.row)
     source = shard_path(config.dataset, shard.split, shard.name, "tar")
     index = read_index(f"{source.removesuffix('tar')}index")
     crop = encoder.prepare([read_row(source, index, index.keys.index(latents["__key__"]))], part).images[0]

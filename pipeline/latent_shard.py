@@ -29,6 +29,11 @@ STORED_DTYPES = ("<f2", "|u1")
 RowNumbers = Int64[np.ndarray, " b"]
 
 
+def part_file(part: str, suffix: str) -> str:
+    """Return the suffix of a file of one of a shard's parts; the part's name is empty where there is only one."""
+    return f"{part}.{suffix}" if part else suffix
+
+
 def moments_name(crop: int = 0, flipped: bool = False) -> str:
     """Return the member that holds the moments of a crop, or of its mirror image."""
     return f"moments{crop or ''}{'_flipped' if flipped else ''}.npy"

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.autoencoder.regularizer import LatentKind
 from ldm.latents import LatentSpace
-from pipeline.latent_shard import PART_SUFFIXES, TEXT_SUFFIX
+from pipeline.latent_shard import PART_SUFFIXES, TEXT_SUFFIX, part_file
 from pipeline.local_shards import FileGroup
 from pipeline.moment_statistics import MomentStatistics, merged
 from pipeline.store.manifest import Manifest, ShardRecord
@@ -90,7 +90,7 @@ def file_groups(manifest: Manifest, split: Split, parts: Sequence[CachedPart]) -
     return [
         FileGroup(
             record=shards[part.shard],
-            suffixes=(*(f"{part.name}.{suffix}".lstrip(".") for suffix in PART_SUFFIXES), TEXT_SUFFIX),
+            suffixes=(*(part_file(part.name, suffix) for suffix in PART_SUFFIXES), TEXT_SUFFIX),
             num_rows=part.num_rows,
             shared=(TEXT_SUFFIX,) if len(shards[part.shard].details["parts"]) > 1 else (),
         )

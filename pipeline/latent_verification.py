@@ -21,7 +21,7 @@ from pipeline.encode import batch_rows, member, on_this_machine
 from pipeline.encoder import Encoder
 from pipeline.latent_config import LatentsConfig, Precision, TextStorage
 from pipeline.latent_plan import plan_latents
-from pipeline.latent_shard import TEXT_SUFFIX
+from pipeline.latent_shard import TEXT_SUFFIX, part_file
 from pipeline.plan import Plan, ShardTask, missing
 from pipeline.store.manifest import Manifest, ShardRecord, claim_root, load_manifest, shard_path, verify
 from pipeline.store.schema import Row
@@ -119,7 +119,7 @@ class _Again:
             if not self._is_same(table, 0, ""):
                 yield f"{here}: the {self._stored_text} of the empty caption is not the text encoder's"
             for part in self._parts(source, source_index):
-                tar = shard_path(self.config.root, shard.split, shard.name, f"{part.name}.tar".lstrip("."))
+                tar = shard_path(self.config.root, shard.split, shard.name, part_file(part.name, "tar"))
                 index = read_index(f"{tar.removesuffix('tar')}index")
                 if index.keys != tuple(source_index.keys[row] for row in part.rows):
                     yield f"{here}: its rows are not those of {source}"
