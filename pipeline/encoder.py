@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image as PillowImage
+from torch import Tensor
 
 from ldm.autoencoder.regularizer import mode
 from ldm.conditioning.masks import random_mask
@@ -28,9 +29,11 @@ from pipeline.latent_config import Device, LatentsConfig, Precision
 from pipeline.latent_shard import low_res_name, map_name, mask_name, masked_name, moments_name
 from pipeline.store.schema import Row
 
-MAX_CPU_PIXELS = 1 << 19
+MAX_CPU_PIXELS = 1 << 18
 """Pixels that go through a network at once on CPUs: activations there take a worker's own memory, hundreds of bytes a
-pixel for each of several layers, and more pixels at once are no faster."""
+pixel for each of several layers, and more pixels at once are slower."""
+LAYOUT = torch.channels_last
+"""How weights and images lie in memory: convolutions are 1.1 to 1.4 times as fast as in torch's own layout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +70,8 @@ class Encoder:
         torch.set_num_threads(num_threads)
         self.config = config
         self.device = torch_device(config.device)
-        self.autoencoder = load_autoencoder(config.autoencoder).requires_grad_(False).eval().to(self.device)
+        autoencoder = load_autoencoder(config.autoencoder).requires_grad_(False).eval()
+        self.autoencoder = autoencoder.to(self.device).to(memory_format=LAYOUT)
         self.kind = self.autoencoder.config.latent_kind
         self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
@@ -108,17 +112,19 @@ class Encoder:
         """Return the images' raw moments, float32, on the device."""
         with torch.inference_mode(), self._arithmetic():
             parts = images.split(self._num_together(len(images), images.shape[-2] * images.shape[-1]))
-            return torch.cat([self.autoencoder.encode(part.to(self.device)).float() for part in parts])
+            return torch.cat([self.autoencoder.encode(self._laid(part)).float() for part in parts]).contiguous()
 
     def decode(self, moments: Moments) -> Image:
         """Return the images of the posteriors' means, or of VQ's latents, on the CPU."""
         with torch.inference_mode(), self._arithmetic():
             pixels = moments.shape[-2] * moments.shape[-1] * self.factor**2
             latents = [
-                mode(part.to(self.device), self.kind)
-                for part in moments.split(self._num_together(len(moments), pixels))
+                mode(self._laid(part), self.kind) for part in moments.split(self._num_together(len(moments), pixels))
             ]
-            return torch.cat([self.autoencoder.decode(latent).float().cpu() for latent in latents])
+            return torch.cat([self.autoencoder.decode(latent).float().cpu() for latent in latents]).contiguous()
+
+    def _laid(self, batch: Tensor) -> Tensor:
+        return batch.to(self.device, memory_format=LAYOUT)
 
     def _num_together(self, num_images: int, pixels: int) -> int:
         """Return how many images of so many pixels go through a network at once."""
