@@ -39,6 +39,8 @@ class Draw(IntEnum):
     BUCKET = 11
     CROP = 12
     MASK = 13
+    CONDITION_DROPOUT = 14
+    DEGRADATION = 15
 
 
 def generator(seed: int, draw: Draw, sample: int, sub: int = 0) -> np.random.Generator:

@@ -1,6 +1,7 @@
 """A whole text-to-image model: the folder that a training leaves and what turns prompts into images.
 
-    model/   model.json (how the parts fit), unet/ and vae/ (config and safetensors, in the layout of diffusers)
+    model/   model.json (how the parts fit), unet/ and vae/ (config and safetensors, in the layout of diffusers),
+             conditioner/ (where a condition is read by weights that were trained with the unet)
 
 Order: prompts → token states → guided denoising of seeded noise → raw latent → decoder → pixels.
 
@@ -20,20 +21,21 @@ from jaxtyping import UInt8
 from ldm import storage
 from ldm.autoencoder.model import Autoencoder
 from ldm.autoencoder.regularizer import LatentKind
+from ldm.conditioning.conditioner import ConditioningConfig, TextUse
+from ldm.conditioning.rows import null_condition
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
-from ldm.conditioning.text_embedding import condition_of
+from ldm.conditioning.text_embedding import condition_of, numbered_condition
 from ldm.config import Config, added_later, digest_of
+from ldm.denoiser import denoiser_digests, load_denoiser, unet_config
 from ldm.diffusion.process import Prediction
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
-from ldm.interop.diffusers import load_autoencoder, load_unet, weights_digest
+from ldm.interop.diffusers import load_autoencoder, weights_digest
 from ldm.latents import LatentSpace
 from ldm.samplers.guidance import Network, guided_denoiser
 from ldm.samplers.sample import SamplerConfig, initial_noise, sample, step_noise
 from ldm.types import Condition, Image, Latent
-from ldm.unet.model import UNet
 
 MODEL_FILE = "model.json"
-UNET_FOLDER = "unet"
 AUTOENCODER_FOLDER = "vae"
 KEPT_FOLDER = "models"
 """Beside a model folder: models that it held before, by digest."""
@@ -74,6 +76,10 @@ class ModelCard(Config):
     """Digests and addresses of what it was made of: dataset, latents, configuration, code."""
     latent_kind: LatentKind = added_later(LatentKind.KL_MOMENTS)
     """What the moments are that it was trained on."""
+    conditioning: ConditioningConfig = added_later(ConditioningConfig())
+    """What the denoiser is told."""
+    conditioner_digest: str = added_later("")
+    """Digest of the weights that read conditions; empty where no condition is trained."""
 
     @property
     def space(self) -> LatentSpace:
@@ -106,7 +112,7 @@ class TextToImage:
         self._autoencoder = autoencoder
         self._text_encoder = text_encoder
         self._schedule = Schedule(card.schedule)
-        self._device = device
+        self.device = device
 
     def generate(
         self,
@@ -152,8 +158,15 @@ class TextToImage:
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Return the prompts as the denoiser sees them."""
-        embeddings = self._text_encoder.encode(list(prompts))
-        return condition_of(embeddings, self._text_encoder.max_tokens).to(self._device, torch.float32)
+        encoder = self._text_encoder
+        match self.card.conditioning.text:
+            case TextUse.FROZEN:
+                told = condition_of(encoder.encode(list(prompts)), encoder.max_tokens)
+            case TextUse.TRAINED:
+                told = numbered_condition(encoder.token_ids(list(prompts)), encoder.max_tokens)
+            case TextUse.NONE:
+                told = Condition()
+        return told.to(self.device, torch.float32)
 
     @torch.no_grad()
     def images(
@@ -175,11 +188,11 @@ class TextToImage:
             self._schedule,
             self.card.prediction,
             condition,
-            self.condition([""]),
-            torch.tensor(scales, device=self._device),
+            null_condition(self.card.conditioning, condition, self.condition([""])),
+            torch.tensor(scales, device=self.device),
         )
         # The seed is the row's place in the stream of noises: one image does not move with its batch.
-        noise = initial_noise(0, seeds, shape).to(self._device)
+        noise = initial_noise(0, seeds, shape).to(self.device)
         return sample(denoise, noise, self._schedule, sampler, step_noise(0, seeds, shape))
 
 
@@ -250,25 +263,23 @@ def load_text_to_image(folder: str, device: torch.device) -> TextToImage:
         ValueError: if a part is missing or is not the one that the description names, showing both digests.
     """
     card = load_card(folder)
-    unet = load_unet(storage.join(folder, UNET_FOLDER))
+    denoiser = load_denoiser(folder, card.conditioning)
     autoencoder = load_autoencoder(storage.join(folder, AUTOENCODER_FOLDER))
+    unet, conditioner = denoiser_digests(unet_config(denoiser), card.conditioning, denoiser.state_dict())
     found = {
-        "unet": (card.unet_digest, weights_digest(unet.state_dict(), unet.config)),
+        "unet": (card.unet_digest, unet),
+        "conditioner": (card.conditioner_digest, conditioner),
         "autoencoder": (card.autoencoder_digest, weights_digest(autoencoder.state_dict(), autoencoder.config)),
         "text encoder": (card.text_digest, text_encoder_digest(card.text)),
     }
     _refuse_other_parts(found, folder)
     return TextToImage(
-        unet=_in_evaluation(unet, device),
+        unet=denoiser.to(device).eval().requires_grad_(False),
         autoencoder=autoencoder.to(device).eval().requires_grad_(False),
         text_encoder=TextEncoder(card.text, device),
         card=card,
         device=device,
     )
-
-
-def _in_evaluation(unet: UNet, device: torch.device) -> UNet:
-    return unet.to(device).eval().requires_grad_(False)
 
 
 def _refuse_other_parts(found: Mapping[str, tuple[str, str]], folder: str) -> None:

@@ -30,6 +30,12 @@ SizeNumbers = Float[Tensor, "b 6"]
 """Pixels: height and width of the original, top and left of the crop once resized, height and width of the crop."""
 SpatialCondition = Float[Tensor, "b k h w"]
 """Channels beside a noisy latent: masked image and mask, small image, semantic map."""
+TokenNumbers = Int[Tensor, "b l"]
+"""Numbers of tokens in a vocabulary."""
+ClassNumbers = Int[Tensor, "b"]
+"""Numbers of classes."""
+SemanticMap = Int[Tensor, "b y x"]
+"""Number of each pixel's class, -1 for none."""
 SampleIndex = Int[Tensor, "b"]
 """Position of each row in the endless sequence of training samples: the clock that seeds every draw."""
 
@@ -45,6 +51,10 @@ class Condition:
         sizes: height and width of the original, top and left of the crop in the resized picture, height and width of
             the crop, in pixels, shape (b, 6), or None (Podell et al. 2023, section 2.2).
         spatial: what lies beside the noisy latent, channel by channel, shape (b, k, h, w), or None.
+        tokens: numbers of a caption's tokens, shape (b, l), or None: a trained transformer makes states of them.
+        class_id: each row's class, shape (b,), or None: a trained table makes a token of it.
+        layout: numbers of a layout's tokens, shape (b, l), or None: a trained transformer makes states of them.
+        semantic_map: class of each pixel, -1 for none, shape (b, y, x), or None: trained channels beside the latent.
     """
 
     states: TextStates | None = None
@@ -52,6 +62,10 @@ class Condition:
     pooled: PooledText | None = None
     sizes: SizeNumbers | None = None
     spatial: SpatialCondition | None = None
+    tokens: TokenNumbers | None = None
+    class_id: ClassNumbers | None = None
+    layout: TokenNumbers | None = None
+    semantic_map: SemanticMap | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Condition]) -> Condition:

@@ -7,7 +7,9 @@ from functools import partial
 import torch
 
 from ldm.autoencoder.model import Autoencoder
+from ldm.conditioning.conditioner import ConditioningConfig, TextUse
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, TextEncoderKind, text_encoder_digest
+from ldm.conditioning.text_embedding import embedded_condition, numbered_condition
 from ldm.first_stage import load_autoencoder
 from ldm.interop.diffusers import weights_digest
 from ldm.storage import is_local
@@ -18,7 +20,7 @@ from pipeline.ingest.geometry import landscape_buckets
 from pipeline.ingest.picture import PictureConfig, ResizeMode
 from pipeline.latent_config import ColumnsConfig, CropShape, Device, LatentsConfig, TextStorage
 from pipeline.latent_summary import summarize
-from pipeline.loader import Embed
+from pipeline.loader import ReadTokens
 from pipeline.plan import Plan, Resources, ShardTask
 from pipeline.store.manifest import Manifest, load_manifest, shard_path
 from pipeline.store.schema import JSON, SCHEMA_VERSION
@@ -137,9 +139,39 @@ def _check_sizes(config: LatentsConfig, factor: int, picture: PictureConfig | No
             )
 
 
-def token_embedder(manifest: Manifest, text: TextEncoderConfig, device: torch.device) -> Embed | None:
-    """Return the text encoder that a cache of token ids needs while it is read; None for a cache of embeddings."""
-    return TextEncoder(text, device).encode_tokens if manifest.identity.get("text_storage") else None
+def token_reader(manifest: Manifest, text: TextEncoderConfig, use: TextUse, device: torch.device) -> ReadTokens | None:
+    """Return what becomes of captions while a cache is read; None where it holds their embeddings.
+
+    Raises:
+        ValueError: if tokens are wanted for a trained transformer, and the cache holds embeddings.
+    """
+    is_embedded = not manifest.identity.get("text_storage")
+    if use is TextUse.TRAINED:
+        if is_embedded:
+            raise ValueError("a trained text transformer reads token ids: make the latents with text_storage online")
+        return partial(numbered_condition, max_tokens=text.max_tokens)
+    if is_embedded:
+        return None
+    return partial(embedded_condition, encode=TextEncoder(text, device).encode_tokens, max_tokens=text.max_tokens)
+
+
+def check_columns(conditioning: ConditioningConfig, manifest: Manifest) -> None:
+    """Refuse a denoiser that is told what the latents don't hold.
+
+    Raises:
+        ValueError: naming each column and the option that makes it.
+    """
+    made = manifest.identity.get("columns", {})
+    wanted = {
+        "class_attribute": bool(conditioning.num_classes),
+        "boxes_attribute": conditioning.has_layout,
+        "map_member": bool(conditioning.map_classes),
+        "low_res_factor": conditioning.has_low_res,
+        "num_masks": conditioning.has_masked_image,
+    }
+    if lacking := [name for name, is_wanted in wanted.items() if is_wanted and not made.get(name)]:
+        options = ", ".join(f"columns.{name}" for name in lacking)
+        raise ValueError(f"the denoiser is told what the latents don't hold: make them with {options}")
 
 
 def _identity(config: LatentsConfig, model: Autoencoder) -> dict[str, JSON]:

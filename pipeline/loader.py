@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float16, Float64, Int32, Int64
 from torch import Tensor
 
-from ldm.conditioning.text_embedding import TextEmbedding, condition_of, pad_states
+from ldm.conditioning.text_embedding import condition_of, pad_states
 from ldm.config import Config
 from ldm.randomness import Draw, uniform
 from ldm.types import Condition, LatentBatch
@@ -48,8 +48,8 @@ WINDOW_ROWS = 256
 
 Places = Int64[np.ndarray, " r"]
 PooledRows = Float16[np.ndarray, "r p"]
-Embed = Callable[[Sequence[Int32[np.ndarray, "l towers"]]], list[TextEmbedding]]
-"""Returns the embedding of each of some captions, given as token ids: `TextEncoder.encode_tokens`."""
+ReadTokens = Callable[[Sequence[Int32[np.ndarray, "l towers"]]], Condition]
+"""Returns the condition of some captions that a cache holds as token ids; `token_reader` gives one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,12 @@ class LatentLoader:
     """Reads batches of one split for one rank; `wait_seconds` is how long consumers waited for them so far."""
 
     def __init__(
-        self, manifest: Manifest, config: LoaderConfig, rank: int = 0, world: int = 1, embed: Embed | None = None
+        self,
+        manifest: Manifest,
+        config: LoaderConfig,
+        rank: int = 0,
+        world: int = 1,
+        read_tokens: ReadTokens | None = None,
     ) -> None:
         """Check files and world size; read nothing yet.
 
@@ -113,19 +118,19 @@ class LatentLoader:
             config: what is read, and how.
             rank: this process among those that share each batch.
             world: how many those are.
-            embed: the text encoder, for a cache that holds token ids only.
+            read_tokens: what becomes of captions, for a cache that holds token ids only.
 
         Raises:
             ValueError: if a file is missing or not whole, `world` does not divide the streams and the batch, the cache
                 holds no such image size, or it holds token ids and there is no text encoder.
         """
         check_world(world=world, num_streams=config.num_streams, batch_size=config.batch_size)
-        if manifest.identity.get("text_storage") and embed is None:
-            raise ValueError(f"{config.root} holds token ids, not embeddings: its loader needs the text encoder")
+        if manifest.identity.get("text_storage") and read_tokens is None:
+            raise ValueError(f"{config.root} holds token ids, not embeddings: its loader needs a reader of tokens")
         self.config = config
         self.wait_seconds = 0.0
         self._rank, self._world = rank, world
-        self._embed = embed
+        self._read_tokens = read_tokens
         self._max_tokens = int(manifest.identity["max_tokens"])
         self._parts = cached_parts(manifest, config.split, config.image_size)
         self._has_flips = bool(manifest.identity["flip"])
@@ -198,8 +203,9 @@ class LatentLoader:
         with self._lock:
             number = next(iter(self._open), 0)  # all tars have the same one, and of some there may be no copy
         table = self._shard(number).text
-        null = table.embedding(0) if self._embed is None else self._embed([table.ids(0)])[0]
-        return condition_of([null] * batch_size, self._max_tokens)
+        if self._read_tokens is not None:
+            return self._read_tokens([table.ids(0)] * batch_size)
+        return condition_of([table.embedding(0)] * batch_size, self._max_tokens)
 
     def _order_of(self, sizes: Sequence[Sequence[int]]) -> BucketOrder:
         config = self.config
@@ -301,14 +307,14 @@ class LatentLoader:
             moments[here] = shard.moments.pick(shard_rows, shard.moment_forms(own.crops, own.flipped))
             text_rows = shard.columns.text_rows[shard_rows].astype(np.int64)
             captions = np.where(draws.dropped[here], 0, shard.text.chosen(text_rows, draws.quantiles[here]))
-            of_caption = shard.text.states if self._embed is None else shard.text.ids
+            of_caption = shard.text.states if self._read_tokens is None else shard.text.ids
             for place, row, caption in zip(here.tolist(), shard_rows.tolist(), captions.tolist(), strict=True):
                 keys[place] = shard.keys[row]
                 texts[place] = of_caption(caption)
             if shard.text.pooled is not None:
                 pooled.append((here, shard.text.pooled[captions]))
             columns.append((here, gathered_columns(shard, shard_rows, own, self.config.max_boxes)))
-        is_embedded = self._embed is None
+        is_embedded = self._read_tokens is None
         return _Gathered(
             keys=tuple(keys),
             samples=torch.from_numpy(positions),
@@ -323,10 +329,8 @@ class LatentLoader:
         if rows.condition is not None:
             condition = rows.condition.rows(start, stop)
         else:
-            assert self._embed is not None
-            ids = {row.tobytes(): row for row in rows.ids[start:stop]}
-            of_ids = dict(zip(ids, self._embed(list(ids.values())), strict=True))
-            condition = condition_of([of_ids[row.tobytes()] for row in rows.ids[start:stop]], self._max_tokens)
+            assert self._read_tokens is not None
+            condition = self._read_tokens(rows.ids[start:stop])
         return LatentBatch(
             keys=rows.keys[start:stop],
             samples=rows.samples[start:stop],

@@ -103,8 +103,8 @@ def test_guidance_keeps_the_pooled_text_of_both_conditions(null_rows):
     "null_pooled, message",
     [
         (None, "in both .* or in neither"),
-        (torch.zeros(1, 4), "1 or 2 rows of width 5, got 1 rows of width 4"),
-        (torch.zeros(3, 5), "1 or 2 rows of width 5, got 3 rows of width 5"),
+        (torch.zeros(1, 4), r"1 or 2 rows of shape \(5,\), got 1 rows of shape \(4,\)"),
+        (torch.zeros(3, 5), r"1 or 2 rows of shape \(5,\), got 3 rows of shape \(5,\)"),
     ],
 )
 def test_guidance_with_pooled_text_that_does_not_match_is_refused(null_pooled, message):
@@ -131,8 +131,8 @@ def test_condition_rows_copies_and_rolls_keep_every_part_of_a_row_together():
     "null, message",
     [
         (Condition(), "token states in both"),
-        (Condition(states=torch.zeros(2, 6, 2, dtype=torch.float64)), "got 2 rows of width 2"),
-        (Condition(states=torch.zeros(3, 6, 5, dtype=torch.float64)), "got 3 rows of width 5"),
+        (Condition(states=torch.zeros(2, 6, 2, dtype=torch.float64)), r"got 2 rows of shape \(6, 2\)"),
+        (Condition(states=torch.zeros(3, 6, 5, dtype=torch.float64)), r"got 3 rows of shape \(6, 5\)"),
     ],
 )
 def test_guidance_with_conditions_that_do_not_match_is_refused(null, message):

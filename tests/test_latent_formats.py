@@ -15,7 +15,8 @@ import torch
 import webdataset
 from PIL import Image
 
-from ldm.conditioning.text import TextEncoder, TextEncoderConfig
+from ldm.conditioning.conditioner import TextUse
+from ldm.conditioning.text import TextEncoderConfig
 from pipeline import shard_cache
 from pipeline.bucket_order import BucketOrder
 from pipeline.crops import crop_boxes, cut, original_box
@@ -23,7 +24,7 @@ from pipeline.encoder import Encoder
 from pipeline.images import decode_pixels, image_of_pixels
 from pipeline.ingest.picture import PictureConfig, ResizeMode
 from pipeline.latent_config import CropConfig, CropShape, LatentsConfig, TextStorage
-from pipeline.latent_plan import plan_latents
+from pipeline.latent_plan import plan_latents, token_reader
 from pipeline.latent_report import write_latent_report
 from pipeline.latent_shard import moments_name
 from pipeline.latent_verification import verify_latents
@@ -293,10 +294,10 @@ def test_online_text_is_embedded_at_loading_as_it_would_have_been_at_encoding(sh
     embedded, _ = cache(short_side, tmp_path / "embedded")
     online, manifest = cache(short_side, tmp_path / "online", text_storage=TextStorage.ONLINE)
     assert manifest.identity["text_storage"] == "online"
-    with pytest.raises(ValueError, match="holds token ids, not embeddings: its loader needs the text encoder"):
+    with pytest.raises(ValueError, match="holds token ids, not embeddings: its loader needs a reader of tokens"):
         loader_of(online)
-    encoder = TextEncoder(TextEncoderConfig(max_tokens=16), torch.device("cpu"))
-    theirs, ours = loader_of(embedded), loader_of(online, embed=encoder.encode_tokens)
+    read_tokens = token_reader(manifest, TextEncoderConfig(max_tokens=16), TextUse.FROZEN, torch.device("cpu"))
+    theirs, ours = loader_of(embedded), loader_of(online, read_tokens=read_tokens)
     for one, other in zip(islice(theirs.batches(), 12), islice(ours.batches(), 12), strict=True):
         assert one.keys == other.keys
         assert one.condition.states is not None
@@ -310,9 +311,9 @@ def test_online_text_is_embedded_at_loading_as_it_would_have_been_at_encoding(sh
 
 
 def test_online_text_is_the_same_to_the_bit_from_any_start(short_side: Path, tmp_path: Path) -> None:
-    config, _ = cache(short_side, tmp_path, text_storage=TextStorage.ONLINE)
-    encoder = TextEncoder(TextEncoderConfig(max_tokens=16), torch.device("cpu"))
-    whole = list(islice(loader_of(config, embed=encoder.encode_tokens).batches(), 90))
+    config, manifest = cache(short_side, tmp_path, text_storage=TextStorage.ONLINE)
+    read_tokens = token_reader(manifest, TextEncoderConfig(max_tokens=16), TextUse.FROZEN, torch.device("cpu"))
+    whole = list(islice(loader_of(config, read_tokens=read_tokens).batches(), 90))
     for start in (1, 37, 80):
-        late = next(loader_of(config, embed=encoder.encode_tokens).batches(4 * start))
+        late = next(loader_of(config, read_tokens=read_tokens).batches(4 * start))
         assert late.condition.states.numpy().tobytes() == whole[start].condition.states.numpy().tobytes()

@@ -143,7 +143,7 @@ def test_latents_of_another_autoencoder_are_refused_with_both_digests(folder: Pa
 
 def test_a_unet_that_does_not_fit_the_latents_is_refused(folder: Path) -> None:
     config = tiny_config(folder)
-    with pytest.raises(ValueError, match="the latents have 2 channels and text of width 384, the unet takes 3 and 384"):
+    with pytest.raises(ValueError, match="ask for a UNet of 2 input and 2 output channels, got 3 and 2"):
         check_inputs(replace(config, unet=replace(config.unet, in_channels=3)))
 
 

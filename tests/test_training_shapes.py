@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from jobs.wiring.train_ldm import check_inputs
-from ldm.conditioning.text import TextEncoder, TextEncoderConfig
+from ldm.conditioning.conditioner import ConditioningConfig, TextUse
+from ldm.conditioning.rows import RowConditions
+from ldm.conditioning.text import TextEncoderConfig
 from ldm.interop.weights import load_weights
 from ldm.text_to_image import load_text_to_image
 from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig
@@ -18,6 +20,7 @@ from ldm.training.optim import OptimConfig
 from ldm.training.world import World
 from pipeline.ingest.picture import ResizeMode
 from pipeline.latent_config import CropConfig, CropShape, TextStorage
+from pipeline.latent_plan import token_reader
 from pipeline.latent_summary import latent_space
 from pipeline.loader import LatentLoader, LoaderConfig
 from pipeline.store.manifest import load_manifest
@@ -84,7 +87,7 @@ def test_validation_on_several_shapes_is_as_many_forwards_on_every_rank(folder: 
     """Under ZeRO-3 a forward is one of all ranks: one that makes fewer leaves the others waiting."""
     manifest = load_manifest(str(folder / "latents"))
     config = LoaderConfig(root=str(folder / "latents"), split=Split.VALIDATION, image_size=32)
-    embed = TextEncoder(TextEncoderConfig(max_tokens=16), torch.device("cpu")).encode_tokens
+    read = token_reader(manifest, TextEncoderConfig(max_tokens=16), TextUse.FROZEN, torch.device("cpu"))
     found = []
     for rank in range(world):
         network = CountingNetwork()
@@ -93,8 +96,8 @@ def test_validation_on_several_shapes_is_as_many_forwards_on_every_rank(folder: 
             engine=network,  # type: ignore[arg-type]
             objective=ObjectiveConfig(),
             optim=OptimConfig(),
-            space=latent_space(manifest),
-            held_out=LatentLoader(manifest, config, embed=embed),
+            conditions=RowConditions(config=ConditioningConfig(), space=latent_space(manifest), factor=2, seed=0),
+            held_out=LatentLoader(manifest, config, read_tokens=read),
             world=ranks,
             micro_batches=lambda rows: [(0, rows)],
             total_samples=1,

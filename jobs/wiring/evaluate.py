@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm import storage
+from ldm.conditioning.conditioner import ConditioningConfig
+from ldm.conditioning.rows import RowConditions
 from ldm.config import Config
+from ldm.denoiser import load_denoiser
 from ldm.diffusion.schedule import Schedule
 from ldm.evaluation.denoising import Denoising
 from ldm.evaluation.features import feature_network
@@ -19,8 +23,7 @@ from ldm.evaluation.frechet import frechet_distance, statistics_of
 from ldm.evaluation.protocol import EvaluationProtocol
 from ldm.evaluation.scores import psnr, ssim
 from ldm.first_stage import load_autoencoder
-from ldm.interop.diffusers import load_unet
-from ldm.text_to_image import AUTOENCODER_FOLDER, UNET_FOLDER, TextToImage, load_card, load_text_to_image, model_digest
+from ldm.text_to_image import AUTOENCODER_FOLDER, TextToImage, load_card, load_text_to_image, model_digest
 from ldm.training.diffusion_task import usable_rows
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
@@ -29,7 +32,7 @@ from ldm.training.world import World
 from ldm.types import Condition, Image, LatentBatch
 from pipeline.images import ImageLoader, ImageLoaderConfig
 from pipeline.ingest.picture import ResizeMode
-from pipeline.latent_plan import token_embedder
+from pipeline.latent_plan import token_reader
 from pipeline.latent_summary import latent_size
 from pipeline.loader import LatentLoader, LoaderConfig
 from pipeline.store.manifest import Manifest, load_manifest
@@ -120,15 +123,17 @@ def evaluate_worker(
             image_size=_image_size(latents, model.card.latent_size),
             caption_dropout=0.0,
         ),
-        embed=token_embedder(latents, model.card.text, world.device),
+        read_tokens=token_reader(latents, model.card.text, model.card.conditioning.text, world.device),
     )
+    factor = dataset.image_size // model.card.latent_size[0]
+    conditions = RowConditions(config=model.card.conditioning, space=model.card.space, factor=factor, seed=0)
     num_images = min(config.protocol.num_images, images.num_rows)
     total = images.num_rows + 2 * config.validation_rows + num_images
     bar = _Bar(report, total)
     metrics = {
         **_reconstruction(config, images, world, bar),
-        **_denoising(config, held_out, world, bar),
-        **_distance(config, model, images, held_out.captions(0, num_images), bar),
+        **_denoising(config, conditions, held_out, world, bar),
+        **_distance(config, model, images, partial(_told, model, conditions, held_out), num_images, bar),
     }
     content = {
         "model": model_digest(model.card),
@@ -184,42 +189,57 @@ def _reconstruction(config: EvaluateConfig, images: ImageLoader, world: World, b
     return {"reconstruction_psnr_db": decibels, "reconstruction_ssim": similarity}
 
 
-def _denoising(config: EvaluateConfig, held_out: LatentLoader, world: World, bar: _Bar) -> dict[str, float]:
+def _denoising(
+    config: EvaluateConfig, conditions: RowConditions, held_out: LatentLoader, world: World, bar: _Bar
+) -> dict[str, float]:
     card = load_card(config.model_folder)
-    unet = load_unet(storage.join(config.model_folder, UNET_FOLDER)).to(world.device).eval()
+    denoiser = load_denoiser(config.model_folder, card.conditioning).to(world.device).eval()
     num_rows = usable_rows(min(held_out.num_rows, config.validation_rows))
     measure = Denoising(
         schedule=Schedule(card.schedule), prediction=card.prediction, space=card.space, num_rows=num_rows
     )
     spans = list(held_out.spans(0, num_rows, BATCH))
     batches = [held_out.rows(*span) for span in spans]
-    shuffled = Condition.joined([batch.condition for batch in batches]).rolled(num_rows // 2)
+    told = [conditions.whole(batch) for batch in batches]
+    shuffled = Condition.joined(told).rolled(num_rows // 2)
     sums = [0.0, 0.0]
-    for batch, (start, stop) in zip(batches, spans, strict=True):
+    for batch, right, (start, stop) in zip(batches, told, spans, strict=True):
         part = _placed(batch, world.device)
-        wrong = shuffled.rows(start, stop).to(world.device, torch.float32)
-        for i, condition in enumerate((part.condition, wrong)):
-            sums[i] += measure.losses(unet, part, condition).sum().item()
+        for i, condition in enumerate((right, shuffled.rows(start, stop))):
+            on_device = condition.to(world.device, torch.float32)
+            sums[i] += measure.losses(denoiser, part, on_device).sum().item()
             bar.add(stop - start)
     return {"validation_loss": sums[0] / num_rows, "validation_loss_shuffled_captions": sums[1] / num_rows}
 
 
+def _told(model: TextToImage, conditions: RowConditions, held_out: LatentLoader, start: int, stop: int) -> Condition:
+    """Return what an image of each of some held-out rows is drawn from."""
+    if conditions.config == ConditioningConfig():
+        return model.condition(held_out.captions(start, stop))
+    return conditions.whole(held_out.rows(start, stop)).to(model.device, torch.float32)
+
+
 def _distance(
-    config: EvaluateConfig, model: TextToImage, images: ImageLoader, captions: list[str], bar: _Bar
+    config: EvaluateConfig,
+    model: TextToImage,
+    images: ImageLoader,
+    told: Callable[[int, int], Condition],
+    num_images: int,
+    bar: _Bar,
 ) -> dict[str, float]:
     protocol = config.protocol
     network = feature_network(protocol.features)
-    real = [network(batch) for batch in _batches(images, len(captions))]
+    real = [network(batch) for batch in _batches(images, num_images)]
     made: list[Tensor] = []
-    for start in range(0, len(captions), BATCH):
-        prompts = captions[start : start + BATCH]
-        seeds = range(protocol.seed + start, protocol.seed + start + len(prompts))
-        scales = [protocol.guidance_scale] * len(prompts)
-        drawn = model.images(model.condition(prompts), seeds, scales, protocol.sampler)
+    for start in range(0, num_images, BATCH):
+        stop = min(start + BATCH, num_images)
+        seeds = range(protocol.seed + start, protocol.seed + stop)
+        scales = [protocol.guidance_scale] * len(seeds)
+        drawn = model.images(told(start, stop), seeds, scales, protocol.sampler)
         made.append(network(drawn.clamp(-1, 1).cpu()))
-        bar.add(len(prompts))
+        bar.add(len(seeds))
     distance = frechet_distance(statistics_of(torch.cat(real)), statistics_of(torch.cat(made)))
-    return {protocol.features.value.lower().replace("-", "_"): distance, "fd_num_images": float(len(captions))}
+    return {protocol.features.value.lower().replace("-", "_"): distance, "fd_num_images": float(num_images)}
 
 
 def _batches(images: ImageLoader, num_rows: int) -> Iterator[Image]:

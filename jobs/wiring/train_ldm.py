@@ -11,15 +11,17 @@ import torch
 
 from jobs.wiring.recording import open_record
 from ldm import storage
+from ldm.conditioning.conditioner import ConditioningConfig
+from ldm.conditioning.rows import RowConditions
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
 from ldm.config import Config, added_later
+from ldm.denoiser import build_denoiser, check_denoiser, denoiser_digests, save_denoiser
 from ldm.first_stage import load_autoencoder
-from ldm.interop.diffusers import save_autoencoder, save_unet, weights_digest
+from ldm.interop.diffusers import save_autoencoder, weights_digest
 from ldm.samplers.sample import SamplerConfig
 from ldm.text_to_image import (
     AUTOENCODER_FOLDER,
     MODEL_FILE,
-    UNET_FOLDER,
     ModelCard,
     TextToImage,
     keep_model,
@@ -38,8 +40,8 @@ from ldm.training.optim import OptimConfig
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
 from ldm.types import Image
-from ldm.unet.model import UNet, UNetConfig
-from pipeline.latent_plan import check_latents, token_embedder
+from ldm.unet.model import UNetConfig
+from pipeline.latent_plan import check_columns, check_latents, token_reader
 from pipeline.latent_summary import cached_size, latent_size, latent_space
 from pipeline.loader import LatentLoader, LoaderConfig
 from pipeline.order import check_world
@@ -79,6 +81,8 @@ class TrainLdmConfig(Config):
     """Which of the latents' image sizes is trained on; 0 for the only one."""
     unet: UNetConfig
     """The denoiser."""
+    conditioning: ConditioningConfig = added_later(ConditioningConfig())
+    """What it is told."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """What it learns."""
     optim: OptimConfig = OptimConfig()
@@ -124,6 +128,8 @@ class TrainLdmConfig(Config):
         engine: dict[str, object] = {"kind": self.engine.kind.value, "precision": self.engine.precision.value}
         if self.engine.kind is EngineKind.DEEPSPEED:  # its shards are loaded on as many workers, under the same stage
             engine |= {"zero_config": self.engine.zero_config, "num_workers": self.launch.num_workers}
+        if self.conditioning != ConditioningConfig():
+            own["conditioning"] = self.conditioning.to_dict()
         if self.image_size:
             own["image_size"] = {"image_size": self.image_size}
         order = {"batch_size": self.batch_size, "num_streams": self.num_streams, "seed": self.seed}
@@ -155,12 +161,13 @@ def check_inputs(config: TrainLdmConfig) -> Manifest:
     digest = weights_digest(autoencoder.state_dict(), autoencoder.config)
     cached_size(manifest, config.image_size)
     check_latents(manifest, autoencoder_digest=digest, text_digest=text_encoder_digest(config.text))
-    channels, width = autoencoder.config.latent_channels, int(manifest.summary["text_width"])
-    if config.unet.in_channels != channels or config.unet.context_width != width:
-        raise ValueError(
-            f"the latents have {channels} channels and text of width {width}, "
-            f"the unet takes {config.unet.in_channels} and {config.unet.context_width}"
-        )
+    check_denoiser(
+        config.unet,
+        config.conditioning,
+        latent_channels=autoencoder.config.latent_channels,
+        text_width=int(manifest.summary.get("text_width", 0)),
+    )
+    check_columns(config.conditioning, manifest)
     check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
     config.engine.micro_batches(config.batch_size // config.launch.num_workers)
     if manifest.num_rows(Split.VALIDATION) == 0:
@@ -178,17 +185,18 @@ def train_ldm_worker(
 ) -> Outcome:
     """Train in one process of the group; the main one records into the MLflow run and publishes the finished model."""
     manifest = load_manifest(config.latents)
-    embed = token_embedder(manifest, config.text, world.device)
-    loader = LatentLoader(manifest, config.loader(Split.TRAIN), world.rank, world.size, embed)
-    held_out = LatentLoader(manifest, config.loader(Split.VALIDATION), 0, 1, embed)
+    read_tokens = token_reader(manifest, config.text, config.conditioning.text, world.device)
+    loader = LatentLoader(manifest, config.loader(Split.TRAIN), world.rank, world.size, read_tokens)
+    held_out = LatentLoader(manifest, config.loader(Split.VALIDATION), 0, 1, read_tokens)
     torch.manual_seed(config.seed)
     rows = config.batch_size // world.size
-    engine = build_engine(UNet(config.unet), config.optim, config.ema, config.engine, world, rows)
+    network = build_denoiser(config.unet, config.conditioning)
+    engine = build_engine(network, config.optim, config.ema, config.engine, world, rows)
     task = DiffusionTask(
         engine=engine,
         objective=config.objective,
         optim=config.optim,
-        space=latent_space(manifest),
+        conditions=row_conditions(config, manifest),
         held_out=held_out,
         world=world,
         micro_batches=config.engine.micro_batches,
@@ -230,7 +238,8 @@ def is_done(config: TrainLdmConfig, manifest: Manifest) -> bool:
 def num_parameters(config: TrainLdmConfig) -> int:
     """Return how many weights are trained."""
     with torch.device("meta"):
-        return sum(weight.numel() for weight in UNet(config.unet).parameters())
+        network = build_denoiser(config.unet, config.conditioning)
+    return sum(weight.numel() for weight in network.parameters())
 
 
 def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
@@ -255,10 +264,20 @@ def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
     )
 
 
-def _card(config: TrainLdmConfig, manifest: Manifest, unet_digest: str = "", samples_seen: int = 0) -> ModelCard:
+def row_conditions(config: TrainLdmConfig, manifest: Manifest) -> RowConditions:
+    """Return what makes conditions of the latents' rows."""
+    factor = cached_size(manifest, config.image_size) // latent_size(manifest, config.image_size)[0]
+    return RowConditions(config=config.conditioning, space=latent_space(manifest), factor=factor, seed=config.seed)
+
+
+def _card(
+    config: TrainLdmConfig, manifest: Manifest, digests: tuple[str, str] = ("", ""), samples_seen: int = 0
+) -> ModelCard:
     space = latent_space(manifest)
     return ModelCard(
-        unet_digest=unet_digest,
+        unet_digest=digests[0],
+        conditioner_digest=digests[1],
+        conditioning=config.conditioning,
         autoencoder_digest=str(manifest.identity["autoencoder"]),
         text=config.text,
         text_digest=str(manifest.identity["text_encoder"]),
@@ -307,8 +326,9 @@ def _publish(config: TrainLdmConfig, manifest: Manifest, engine: Engine, samples
         return
     keep_model(config.model_folder)  # a registered version may point to it
     storage.remove_file(storage.join(config.model_folder, MODEL_FILE))
-    save_unet(config.unet, weights, storage.join(config.model_folder, UNET_FOLDER))
+    save_denoiser(config.unet, config.conditioning, weights, config.model_folder)
     save_autoencoder(load_autoencoder(config.autoencoder), storage.join(config.model_folder, AUTOENCODER_FOLDER))
-    card = _card(config, manifest, weights_digest(weights, config.unet), samples_seen)
+    digests = denoiser_digests(config.unet, config.conditioning, weights)
+    card = _card(config, manifest, digests, samples_seen)
     save_card(card, config.model_folder)
     logger.info("model %s in %s", model_digest(card), config.model_folder)

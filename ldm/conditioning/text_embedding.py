@@ -5,12 +5,12 @@ Letters: b batch, n number of embeddings, l token, d embedding width, p width of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float16
+from jaxtyping import Float16, Int32
 
 from ldm.types import Condition, TextMask, TextStates
 
@@ -26,6 +26,10 @@ class TextEmbedding:
 
     states: Float16[np.ndarray, "l d"]
     pooled: Float16[np.ndarray, " p"] | None = None
+
+
+EncodeTokens = Callable[[Sequence[Int32[np.ndarray, "l towers"]]], list[TextEmbedding]]
+"""Returns the embedding of each of some captions, given as tokens: `TextEncoder.encode_tokens`."""
 
 
 def pad_states(rows: Sequence[Float16[np.ndarray, "_ d"]], max_tokens: int) -> tuple[TextStates, TextMask]:
@@ -68,3 +72,26 @@ def condition_of(embeddings: Sequence[TextEmbedding], max_tokens: int) -> Condit
     states, mask = pad_states([embedding.states for embedding in embeddings], max_tokens)
     pooled = stacked_pooled(embeddings)
     return Condition(states=states, mask=mask, pooled=None if pooled is None else torch.from_numpy(pooled).float())
+
+
+def embedded_condition(
+    tokens: Sequence[Int32[np.ndarray, "l towers"]], encode: EncodeTokens, max_tokens: int
+) -> Condition:
+    """Return what a network is told by captions that are given as tokens; equal ones are embedded once."""
+    distinct = {row.tobytes(): row for row in tokens}
+    of_tokens = dict(zip(distinct, encode(list(distinct.values())), strict=True))
+    return condition_of([of_tokens[row.tobytes()] for row in tokens], max_tokens)
+
+
+def numbered_condition(tokens: Sequence[Int32[np.ndarray, "l 1"]], max_tokens: int) -> Condition:
+    """Return what a trained transformer is told by captions: their tokens' numbers, padded with 0 to one length.
+
+    Raises:
+        ValueError: if a caption is too long, or its tokens are of several tokenizers.
+    """
+    padded = np.zeros((len(tokens), max_tokens), np.int64)
+    for row, numbers in zip(padded, tokens, strict=True):
+        if numbers.shape[1] != 1 or len(numbers) > max_tokens:
+            raise ValueError(f"a trained transformer reads {max_tokens} tokens of one tokenizer, got {numbers.shape}")
+        row[: len(numbers)] = numbers[:, 0]
+    return Condition(tokens=torch.from_numpy(padded))

@@ -10,6 +10,7 @@ Letters: b batch, c latent channel, h row, w column, l token, d width, p width o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
@@ -75,41 +76,52 @@ def joined(condition: Condition, null_condition: Condition) -> Condition:
     """Return the rows of a condition and then as many null ones, padded to one length and masked where they differ.
 
     Raises:
-        ValueError: if one has states or pooled text and the other has none, or widths or numbers of rows don't match.
+        ValueError: if one has a part that the other has not, or widths or numbers of rows don't match.
     """
+    names = [part.name for part in fields(Condition)]
+    pairs = {name: (getattr(condition, name), getattr(null_condition, name)) for name in names if name != "mask"}
+    there = {name: (own, null) for name, (own, null) in pairs.items() if own is not None or null is not None}
+    if lacking := [name for name, (own, null) in there.items() if own is None or null is None]:
+        raise ValueError(
+            f"guidance needs {' and '.join(map(_named, lacking))} in both the condition and the null condition, "
+            "or in neither"
+        )
+    num_rows = max((len(own) for own, _ in there.values()), default=1)
+    parts = {name: _stacked(name, own, null, num_rows) for name, (own, null) in there.items() if name != "states"}
+    return Condition(**parts, **_joined_states(condition, null_condition, num_rows))
+
+
+def _joined_states(condition: Condition, null_condition: Condition, num_rows: int) -> dict[str, Tensor]:
+    """Return states and mask, padded to one length; no mask where nothing is padded."""
     states, null_states = condition.states, null_condition.states
     if states is None or null_states is None:
-        raise ValueError("guidance needs token states in both the condition and the null condition")
-    rows, length, width = states.shape
-    null_rows, null_length, null_width = null_states.shape
-    if null_rows not in (1, rows) or null_width != width:
-        raise ValueError(
-            f"the null condition needs 1 or {rows} rows of width {width}, got {null_rows} rows of width {null_width}"
-        )
-    pooled = _joined_pooled(condition.pooled, null_condition.pooled, rows)
-    longest = max(length, null_length)
-    null_states = null_states.expand(rows, -1, -1)
-    together = torch.cat([_padded_states(states, longest), _padded_states(null_states, longest)])
-    is_plain = condition.mask is None and null_condition.mask is None and length == null_length
-    if is_plain:
-        return Condition(states=together, pooled=pooled)
-    mask = _padded_mask(condition, longest)
-    null_mask = _padded_mask(null_condition, longest).expand(rows, -1)
-    return Condition(states=together, mask=torch.cat([mask, null_mask]), pooled=pooled)
+        return {}
+    longest = max(states.shape[1], null_states.shape[1])
+    padded, null_padded = (_padded_states(part, longest) for part in (states, null_states))
+    together = {"states": _stacked("states", padded, null_padded, num_rows)}
+    if condition.mask is None and null_condition.mask is None and states.shape[1] == null_states.shape[1]:
+        return together
+    masks = _padded_mask(condition, longest), _padded_mask(null_condition, longest).expand(num_rows, -1)
+    return together | {"mask": torch.cat(masks)}
 
 
-def _joined_pooled(pooled: Tensor | None, null_pooled: Tensor | None, rows: int) -> Tensor | None:
-    if pooled is None and null_pooled is None:
-        return None
-    if pooled is None or null_pooled is None:
-        raise ValueError("guidance needs pooled text in both the condition and the null condition, or in neither")
-    null_rows, null_width = null_pooled.shape
-    if null_rows not in (1, rows) or null_width != pooled.shape[1]:
+def _stacked(name: str, own: Tensor, null: Tensor, num_rows: int) -> Tensor:
+    if len(null) not in (1, num_rows) or null.shape[1:] != own.shape[1:]:
         raise ValueError(
-            f"the null condition needs pooled text of 1 or {rows} rows of width {pooled.shape[1]}, "
-            f"got {null_rows} rows of width {null_width}"
+            f"the null condition needs {_named(name)} of 1 or {num_rows} rows of shape {tuple(own.shape[1:])}, "
+            f"got {len(null)} rows of shape {tuple(null.shape[1:])}"
         )
-    return torch.cat([pooled, null_pooled.expand(rows, -1)])
+    return torch.cat([own, null.expand(num_rows, *null.shape[1:])])
+
+
+def _named(part: str) -> str:
+    match part:
+        case "states":
+            return "token states"
+        case "pooled":
+            return "pooled text"
+        case _:
+            return part
 
 
 def _padded_states(states: Tensor, length: int) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ldm.conditioning.rows import RowConditions
 from ldm.config import Config
 from ldm.diffusion.process import Prediction, corrupt
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
@@ -68,7 +69,7 @@ class DiffusionTask:
         engine: the engine around the network.
         objective: what is learned.
         optim: the learning rate's schedule.
-        space: raw and scaled latents.
+        conditions: what the network is told of a batch's rows.
         held_out: validation rows.
         world: the group of processes.
         micro_batches: a process's rows → (start, stop) of each micro-batch.
@@ -80,7 +81,7 @@ class DiffusionTask:
     engine: Engine
     objective: ObjectiveConfig
     optim: OptimConfig
-    space: LatentSpace
+    conditions: RowConditions
     held_out: HeldOut
     world: World
     micro_batches: Callable[[int], list[tuple[int, int]]]
@@ -92,6 +93,11 @@ class DiffusionTask:
     def engines(self) -> Mapping[str, Engine]:
         """The one network that is trained."""
         return {"unet": self.engine}
+
+    @property
+    def space(self) -> LatentSpace:
+        """Raw and scaled latents."""
+        return self.conditions.space
 
     @cached_property
     def _schedule(self) -> Schedule:
@@ -120,7 +126,7 @@ class DiffusionTask:
             for first in range(0, len(spans), self.world.size):
                 number = first + self.world.rank
                 rows = self.held_out.rows(*spans[min(number, len(spans) - 1)])
-                losses = measure.losses(self._network, self._on_device(rows)).sum()
+                losses = measure.losses(self._network, self._on_device(rows, self.conditions.whole(rows))).sum()
                 total += losses if number < len(spans) else 0 * losses
         return {"validation_loss": float(self.world.mean(total)) * self.world.size / num_rows}
 
@@ -140,7 +146,7 @@ class DiffusionTask:
         if self.space.kind.has_log_variance:
             posterior_noise = normal(self.seed, Draw.POSTERIOR, rows, shape).to(device)
         timestep = (uniform(self.seed, Draw.TIMESTEP, rows) * self._schedule.num_timesteps).floor().float().to(device)
-        on_device = self._on_device(batch)
+        on_device = self._on_device(batch, self.conditions.drawn(batch))
         clean = self.space.scaled(on_device.moments, posterior_noise)
         at = self._schedule.scales(timestep)
         noisy = corrupt(clean, noise, at)
@@ -152,14 +158,14 @@ class DiffusionTask:
     def _network(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         return call_in_own_dtype(self.engine, noisy, timestep, condition)
 
-    def _on_device(self, batch: LatentBatch) -> LatentBatch:
+    def _on_device(self, batch: LatentBatch, condition: Condition) -> LatentBatch:
+        """Return the batch on the device; columns have become the condition and stay behind."""
         device = self.world.device
         return LatentBatch(
             keys=batch.keys,
             samples=batch.samples,
             moments=batch.moments.to(device, torch.float32, non_blocking=True),
-            condition=batch.condition.to(device, torch.float32),
-            columns={name: column.to(device, non_blocking=True) for name, column in batch.columns.items()},
+            condition=condition.to(device, torch.float32),
         )
 
 

@@ -24,6 +24,8 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.conditioning.conditioner import ConditioningConfig
+from ldm.conditioning.rows import RowConditions
 from ldm.config import Config
 from ldm.latents import LatentSpace
 from ldm.training.checkpoint import CheckpointStore
@@ -125,7 +127,12 @@ def _loop_rate(network: UNet, batch: LatentBatch, settings: LoopBenchmark, devic
         engine=LocalEngine(network, OptimConfig(), EmaConfig(), engine_config, world),
         objective=ObjectiveConfig(validation_rows=0),
         optim=OptimConfig(),
-        space=LatentSpace(mean=(0.0,) * channels, std=(1.0,) * channels),
+        conditions=RowConditions(
+            config=ConditioningConfig(),
+            space=LatentSpace(mean=(0.0,) * channels, std=(1.0,) * channels),
+            factor=1,
+            seed=0,
+        ),
         held_out=_NoRows(),
         world=world,
         micro_batches=engine_config.micro_batches,

@@ -1,0 +1,150 @@
+"""From a batch of a latent cache to what a denoiser is told of its rows, each condition dropped where the draw says so.
+
+Draws are functions of (seed, position of the row), as all draws of a training are; the caption's own is the loader's.
+
+Letters: b batch, c latent channel, h latent row, w latent column, y pixel row, x pixel column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.conditioning.conditioner import ConditioningConfig, TextUse
+from ldm.conditioning.layout import layout_tokens, null_layout
+from ldm.latents import LatentSpace
+from ldm.randomness import Draw, uniform
+from ldm.types import Condition, LatentBatch, SpatialCondition
+
+
+class Dropped(IntEnum):
+    """Which condition a draw is of."""
+
+    CLASS = 0
+    LAYOUT = 1
+    MAP = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowConditions:
+    """Makes conditions of batches.
+
+    Attributes:
+        config: what a denoiser is told.
+        space: raw and scaled latents, for the latents of masked images.
+        factor: pixels of a latent's side.
+        seed: of the draws that drop a condition.
+    """
+
+    config: ConditioningConfig
+    space: LatentSpace
+    factor: int
+    seed: int
+
+    def drawn(self, batch: LatentBatch) -> Condition:
+        """Return the conditions for a training step, some of them dropped."""
+        config = self.config
+        return self._condition(
+            batch,
+            no_class=self._drop(Dropped.CLASS, config.class_dropout, batch),
+            no_layout=self._drop(Dropped.LAYOUT, config.layout_dropout, batch),
+            no_map=self._drop(Dropped.MAP, config.map_dropout, batch),
+        )
+
+    def whole(self, batch: LatentBatch) -> Condition:
+        """Return the conditions with nothing dropped, for measurements."""
+        never = torch.zeros(len(batch.keys), dtype=torch.bool)
+        return self._condition(batch, no_class=never, no_layout=never, no_map=never)
+
+    def _condition(self, batch: LatentBatch, *, no_class: Tensor, no_layout: Tensor, no_map: Tensor) -> Condition:
+        config, text = self.config, batch.condition
+        if config.text is TextUse.NONE:
+            text = Condition()
+        return replace(
+            text,
+            spatial=self._spatial(batch),
+            sizes=self._sizes(batch) if config.has_sizes else None,
+            class_id=self._class_id(batch, no_class) if config.num_classes else None,
+            layout=self._layout(batch, no_layout) if config.has_layout else None,
+            semantic_map=self._map(batch, no_map) if config.map_classes else None,
+        )
+
+    def _drop(self, which: Dropped, share: float, batch: LatentBatch) -> Tensor:
+        return uniform(self.seed, Draw.CONDITION_DROPOUT, batch.samples.tolist(), sub=int(which)) < share
+
+    def _class_id(self, batch: LatentBatch, dropped: Tensor) -> Tensor:
+        found, null = column(batch.columns, "class_id"), self.config.num_classes
+        _check_numbers("class", found, null)
+        return torch.where((found < 0) | dropped, null, found)
+
+    def _layout(self, batch: LatentBatch, dropped: Tensor) -> Tensor:
+        config = self.config.layout_transformer
+        names = ("boxes", "size", "crop")
+        boxes, size, crop = (column(batch.columns, name) for name in names)
+        tokens = layout_tokens(boxes, size, crop, config)
+        return torch.where(dropped[:, None], null_layout(len(tokens), config), tokens)
+
+    def _map(self, batch: LatentBatch, dropped: Tensor) -> Tensor:
+        found = column(batch.columns, "semantic_map")
+        _check_numbers("semantic map's class", found, self.config.map_classes)
+        return found.masked_fill(dropped[:, None, None], -1)
+
+    def _sizes(self, batch: LatentBatch) -> Tensor:
+        size, crop = column(batch.columns, "size"), column(batch.columns, "crop")
+        target = torch.tensor([side * self.factor for side in batch.moments.shape[-2:]], dtype=torch.float32)
+        return torch.cat([size, crop[:, :2] / crop[:, 2:] * target, target.expand_as(size)], dim=1)
+
+    def _spatial(self, batch: LatentBatch) -> SpatialCondition | None:
+        """Return mask and masked image's latent, then the small image, at the latent's size."""
+        parts: list[Tensor] = []
+        if self.config.has_masked_image:
+            masked = column(batch.columns, "masked_moments")
+            parts += [column(batch.columns, "mask"), self.space.scaled_mode(masked)]
+        if self.config.has_low_res:
+            parts.append(_resized(column(batch.columns, "low_res"), batch.moments.shape[-2:]))
+        return torch.cat(parts, dim=1) if parts else None
+
+
+def null_condition(config: ConditioningConfig, condition: Condition, null_text: Condition) -> Condition:
+    """Return what guidance compares a condition with: every part that training drops is null, the others stay.
+
+    Args:
+        config: what the denoiser is told.
+        condition: of b rows.
+        null_text: the condition of the empty caption, of b rows or of one for all.
+    """
+    nulls = {
+        "class_id": config.num_classes,
+        "layout": config.layout_transformer.vocab_size - 1,
+        **({"semantic_map": -1} if config.map_dropout else {}),
+    }
+    there = {name: part for name in nulls if (part := getattr(condition, name)) is not None}
+    text = {name: getattr(null_text, name) for name in ("states", "mask", "pooled", "tokens")}
+    return replace(condition, **text, **{name: torch.full_like(part, nulls[name]) for name, part in there.items()})
+
+
+def column(columns: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return a column of a batch.
+
+    Raises:
+        ValueError: if the cache has no such column, naming those it has.
+    """
+    if name not in columns:
+        raise ValueError(f"the denoiser is told {name}, and the latents hold only {', '.join(sorted(columns))}")
+    return columns[name]
+
+
+def _check_numbers(what: str, numbers: Tensor, limit: int) -> None:
+    if bool((numbers >= limit).any()):
+        raise ValueError(f"there are {limit} classes, and a {what} has the number {int(numbers.max())}")
+
+
+def _resized(images: Tensor, size: tuple[int, ...]) -> Tensor:
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, tuple(size), mode="bicubic", antialias=True)
