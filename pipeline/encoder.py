@@ -20,12 +20,13 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from ldm.autoencoder.regularizer import mode
+from ldm.conditioning.degradation import degraded
 from ldm.conditioning.masks import random_mask
 from ldm.first_stage import load_autoencoder
 from ldm.types import Image, Moments
 from pipeline.crops import Part, crop_boxes, cut
 from pipeline.images import Pixels, decode_pixels, image_of_pixels, image_suffix
-from pipeline.latent_config import Device, LatentsConfig, Precision
+from pipeline.latent_config import Degradation, Device, LatentsConfig, Precision
 from pipeline.latent_shard import low_res_name, map_name, mask_name, masked_name, moments_name
 from pipeline.store.schema import Row
 
@@ -138,9 +139,9 @@ class Encoder:
         crops = [cut(pixels, box, part.size) for box in boxes]
         low_res, maps, masks = [], [], []
         if columns.low_res_factor:
-            whole = (0.0, 0.0, float(part.size[0]), float(part.size[1]))
-            small = (part.size[0] // columns.low_res_factor, part.size[1] // columns.low_res_factor)
-            low_res = [cut(np.ascontiguousarray(crop), whole, small) for crop in crops]
+            low_res = [
+                self._small(np.ascontiguousarray(crop), row["__key__"], number) for number, crop in enumerate(crops)
+            ]
         if columns.map_member:
             classes = _decode_map(row, columns.map_member, (width, height))
             maps = [cut(classes, box, part.size, smooth=False) for box in boxes]
@@ -148,6 +149,16 @@ class Encoder:
             dice = np.random.default_rng([columns.mask_seed, int(row["__key__"], 16)])
             masks = [random_mask(dice, *part.size[::-1]).astype(np.uint8) for _ in range(columns.num_masks)]
         return _RowPixels(crops, low_res, maps, masks)
+
+    def _small(self, crop: Pixels, key: str, number: int) -> Pixels:
+        """Return the small copy of a row's crop."""
+        columns, (height, width) = self.config.columns, crop.shape[:2]
+        size = (height // columns.low_res_factor, width // columns.low_res_factor)  # rows, columns
+        match columns.degradation:
+            case Degradation.BICUBIC:
+                return cut(crop, (0.0, 0.0, float(width), float(height)), size[::-1])
+            case Degradation.BSR_LIGHT:
+                return degraded(np.random.default_rng([columns.mask_seed, int(key, 16), number]), crop, size)
 
     def _arithmetic(self) -> torch.autocast:
         dtype = torch.float16 if self.config.precision is Precision.FP16 else torch.bfloat16

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ldm.conditioning.text import TextEncoderConfig
-from ldm.config import Config
+from ldm.config import Config, added_later
 from pipeline.latent_gate import GateConfig
 
 
@@ -72,6 +72,15 @@ class CropConfig(Config):
             raise ValueError(f"more_sizes must be positive and differ, got {self.more_sizes}")
 
 
+class Degradation(StrEnum):
+    """How a picture becomes small."""
+
+    BICUBIC = "bicubic"
+    """By a clean bicubic filter."""
+    BSR_LIGHT = "bsr_light"
+    """Blurred, shrunk, noisy and compressed in a drawn order, a function of mask_seed, the row's key and the crop."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColumnsConfig(Config):
     """What is cached of a row beside its moments and captions, for networks that are told it."""
@@ -88,10 +97,12 @@ class ColumnsConfig(Config):
     """Member of the dataset's tars that is a semantic map: a PNG as large as its picture, a class number a pixel."""
     low_res_factor: int = 0
     """So many times smaller a picture is stored with each crop, for super-resolution; 0 stores none."""
+    degradation: Degradation = added_later(Degradation.BICUBIC)
+    """How the small picture comes about: bicubic, or bsr_light (blur, noise and JPEG as in the world)."""
     num_masks: int = 0
     """Random masks of each picture, whose masked image is encoded too, for inpainting; one is drawn at loading."""
     mask_seed: int = 0
-    """Seed of the masks, which are a function of it and the row's key."""
+    """Seed of masks and degradations, which are functions of it and the row's key."""
 
     def __post_init__(self) -> None:
         for name in ("low_res_factor", "num_masks"):
