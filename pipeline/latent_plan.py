@@ -140,27 +140,22 @@ def _check_sizes(config: LatentsConfig, factor: int, picture: PictureConfig | No
 
 
 def token_reader(manifest: Manifest, text: TextEncoderConfig, use: TextUse, device: torch.device) -> ReadTokens | None:
-    """Return what becomes of captions while a cache is read; None where it holds their embeddings.
-
-    Raises:
-        ValueError: if tokens are wanted for a trained transformer, and the cache holds embeddings.
-    """
-    is_embedded = not manifest.identity.get("text_storage")
-    if use is TextUse.TRAINED:
-        if is_embedded:
-            raise ValueError("a trained text transformer reads token ids: make the latents with text_storage online")
-        return partial(numbered_condition, max_tokens=text.max_tokens)
-    if is_embedded:
+    """Return what becomes of captions while a cache is read; None where it holds their embeddings."""
+    if not manifest.identity.get("text_storage"):
         return None
+    if use is TextUse.TRAINED:
+        return partial(numbered_condition, max_tokens=text.max_tokens)
     return partial(embedded_condition, encode=TextEncoder(text, device).encode_tokens, max_tokens=text.max_tokens)
 
 
-def check_columns(conditioning: ConditioningConfig, manifest: Manifest) -> None:
+def check_told(conditioning: ConditioningConfig, manifest: Manifest) -> None:
     """Refuse a denoiser that is told what the latents don't hold.
 
     Raises:
-        ValueError: naming each column and the option that makes it.
+        ValueError: naming the options that make it.
     """
+    if conditioning.text is TextUse.TRAINED and not manifest.identity.get("text_storage"):
+        raise ValueError("a trained text transformer reads token ids: make the latents with text_storage online")
     made = manifest.identity.get("columns", {})
     wanted = {
         "class_attribute": bool(conditioning.num_classes),

@@ -46,10 +46,14 @@ def conditions(config: ConditioningConfig, seed: int = 0) -> RowConditions:
 
 
 @pytest.mark.parametrize(
-    ("config", "width", "with_output_layer"),
+    "config, width, with_output_layer",
     [
         (TokenTransformerConfig(vocab_size=30_522, max_tokens=77, depth=32), 1280, 581_994_042),  # txt2img-1p4B
-        (TokenTransformerConfig(vocab_size=8_192, max_tokens=92, depth=16), 512, 58_858_496),  # layout2img-openimages256
+        (
+            TokenTransformerConfig(vocab_size=8_192, max_tokens=92, depth=16),
+            512,
+            58_858_496,
+        ),  # layout2img-openimages256
     ],
 )
 def test_transformer_has_the_papers_exact_count_but_for_its_unused_output_layer(config, width, with_output_layer):

@@ -41,7 +41,7 @@ from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
 from ldm.types import Image
 from ldm.unet.model import UNetConfig
-from pipeline.latent_plan import check_columns, check_latents, token_reader
+from pipeline.latent_plan import check_latents, check_told, token_reader
 from pipeline.latent_summary import cached_size, latent_size, latent_space
 from pipeline.loader import LatentLoader, LoaderConfig
 from pipeline.order import check_world
@@ -167,7 +167,7 @@ def check_inputs(config: TrainLdmConfig) -> Manifest:
         latent_channels=autoencoder.config.latent_channels,
         text_width=int(manifest.summary.get("text_width", 0)),
     )
-    check_columns(config.conditioning, manifest)
+    check_told(config.conditioning, manifest)
     check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
     config.engine.micro_batches(config.batch_size // config.launch.num_workers)
     if manifest.num_rows(Split.VALIDATION) == 0:
