@@ -1,13 +1,14 @@
 """The types that cross the floors: what a batch of latents is and what the shape letters mean.
 
 Letters: b batch, c latent channel, m moment channel (2c for KL: mean then log-variance; c for VQ),
-h latent row, w latent column, y pixel row, x pixel column, l token, d embedding width, p width of the pooled text.
+h latent row, w latent column, y pixel row, x pixel column, l token, d embedding width, p width of the pooled text,
+k channels of a spatial condition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +26,10 @@ TextMask = Bool[Tensor, "b l"]
 """True where a token is real; padding is False."""
 PooledText = Float[Tensor, "b p"]
 """One vector of a frozen text encoder for each whole caption."""
+SizeNumbers = Float[Tensor, "b 6"]
+"""Pixels: height and width of the original, top and left of the crop once resized, height and width of the crop."""
+SpatialCondition = Float[Tensor, "b k h w"]
+"""Channels beside a noisy latent: masked image and mask, small image, semantic map."""
 SampleIndex = Int[Tensor, "b"]
 """Position of each row in the endless sequence of training samples: the clock that seeds every draw."""
 
@@ -37,47 +42,43 @@ class Condition:
         states: token embeddings for cross-attention, shape (b, l, d), or None.
         mask: which tokens are real, shape (b, l); None means all are.
         pooled: the whole captions' vectors, shape (b, p), or None where the text encoder has none.
+        sizes: height and width of the original, top and left of the crop in the resized picture, height and width of
+            the crop, in pixels, shape (b, 6), or None (Podell et al. 2023, section 2.2).
+        spatial: what lies beside the noisy latent, channel by channel, shape (b, k, h, w), or None.
     """
 
     states: TextStates | None = None
     mask: TextMask | None = None
     pooled: PooledText | None = None
+    sizes: SizeNumbers | None = None
+    spatial: SpatialCondition | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Condition]) -> Condition:
         """Return the conditions of several batches, one after the other, which all have the same parts."""
-        states = [part.states for part in parts if part.states is not None]
-        masks = [part.mask for part in parts if part.mask is not None]
-        pooled = [part.pooled for part in parts if part.pooled is not None]
-        return cls(
-            states=torch.cat(states) if states else None,
-            mask=torch.cat(masks) if masks else None,
-            pooled=torch.cat(pooled) if pooled else None,
-        )
+        named = {name: [getattr(part, name) for part in parts] for name in _TENSORS}
+        return cls(**{name: torch.cat(found) for name, found in named.items() if found and found[0] is not None})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
         """Return the same condition on `device`, its floats as `dtype`."""
-        return Condition(
-            states=None if self.states is None else self.states.to(device, dtype, non_blocking=True),
-            mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
-            pooled=None if self.pooled is None else self.pooled.to(device, dtype, non_blocking=True),
+        return self._mapped(
+            lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, non_blocking=True)
         )
 
     def rows(self, start: int, stop: int) -> Condition:
         """Return rows [start, stop) of the batch."""
-        return Condition(
-            states=None if self.states is None else self.states[start:stop],
-            mask=None if self.mask is None else self.mask[start:stop],
-            pooled=None if self.pooled is None else self.pooled[start:stop],
-        )
+        return self._mapped(lambda tensor: tensor[start:stop])
 
     def rolled(self, rows: int) -> Condition:
         """Return the batch with every row told what belongs to the row `rows` places before it, round the end."""
-        return Condition(
-            states=None if self.states is None else self.states.roll(rows, 0),
-            mask=None if self.mask is None else self.mask.roll(rows, 0),
-            pooled=None if self.pooled is None else self.pooled.roll(rows, 0),
-        )
+        return self._mapped(lambda tensor: tensor.roll(rows, 0))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        return Condition(**{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+_TENSORS = tuple(part.name for part in fields(Condition))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
