@@ -313,10 +313,11 @@ def test_folder_without_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"_class_name": "UNet2DModel"}, "_class_name must be 'UNet2DConditionModel', got 'UNet2DModel'"),
-        ({"use_linear_projection": True}, "use_linear_projection must be False, got True"),
+        ({"_class_name": "UNet3D"}, "_class_name must be 'UNet2DConditionModel' or 'UNet2DModel', got 'UNet3D'"),
+        ({"use_linear_projection": True}, r"misshapen: .*proj_in.weight \(16, 16, 1, 1\), expected \(16, 16\)"),
         ({"attention_head_dim": [1, 4, 4]}, "equally many or equally wide"),
-        ({"transformer_layers_per_block": [1, 2, 1]}, "equally deep"),
+        ({"transformer_layers_per_block": [1, [1, 2], 1]}, "as deep on the way up as on the way down"),
+        ({"transformer_layers_per_block": [1, 2, 1]}, "missing: .*transformer_blocks.1"),
         ({"block_out_channels": [16, 24, 32]}, "multiples of the first"),
         ({"up_block_types": ["UpBlock2D"] * 3}, "up_block_types must be"),
         ({"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]}, "down_block_types must be"),

@@ -201,7 +201,7 @@ def test_impossible_config_is_refused_with_its_numbers(wrong, message):
     "noisy, condition, message",
     [
         (torch.zeros(1, 4, 8, 7), Condition(states=torch.zeros(1, 2, 6)), r"multiples of 2, got \(8, 7\)"),
-        (torch.zeros(1, 5, 8, 8), Condition(states=torch.zeros(1, 2, 6)), "4 channels, got 5"),
+        (torch.zeros(1, 5, 8, 8), Condition(states=torch.zeros(1, 2, 6)), "must have 4 channels together, got 5 and 0"),
         (torch.zeros(1, 4, 8, 8), Condition(states=torch.zeros(1, 2, 7)), "condition width must be 6, got 7"),
         (torch.zeros(1, 4, 8, 8), Condition(), "token states of width 6, got none"),
     ],

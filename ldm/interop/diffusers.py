@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,15 @@ from torch import Tensor
 from ldm.autoencoder.model import IMAGE_CHANNELS, Autoencoder, AutoencoderConfig, quantized
 from ldm.autoencoder.regularizer import Regularizer
 from ldm.config import Config
+from ldm.interop.diffusers_unet import (
+    NEEDED,
+    UNET_CONSTANTS,
+    Facts,
+    base_and_mult,
+    refuse_other,
+    unet_config,
+    unet_facts,
+)
 from ldm.interop.weights import check_weights, digest_of_weights, fill, load_weights, save_weights
 from ldm.storage import exists, join, read_text, write_text
 from ldm.unet.model import UNet, UNetConfig
@@ -25,48 +33,14 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PICKLE_NAME = "diffusion_pytorch_model.bin"
 """The weights of folders from before safetensors."""
 
-Facts = dict[str, Any]
-"""The content of a `config.json`."""
-
 KL_CLASS, VQ_CLASS = "AutoencoderKL", "VQModel"
 _IMAGES: Facts = {"act_fn": "silu", "in_channels": IMAGE_CHANNELS, "out_channels": IMAGE_CHANNELS}
 AUTOENCODER_CONSTANTS: dict[str, Facts] = {
     KL_CLASS: {**_IMAGES, "use_quant_conv": True, "use_post_quant_conv": True},
     VQ_CLASS: {**_IMAGES, "lookup_from_codebook": False, "norm_type": "group"},
 }
-UNET_CLASS = "UNet2DConditionModel"
-UNET_CONSTANTS: Facts = {
-    "act_fn": "silu",
-    "addition_embed_type": None,
-    "attention_type": "default",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_eps": 1e-5,
-    "num_attention_heads": None,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_act_fn": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
-    "use_linear_projection": False,
-}
-"""What our networks always are. A file may leave a fact out (these are the layout's defaults) but not contradict it."""
-
 OLD_ATTENTION_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Names in autoencoder files from before 2023, such as Stable Diffusion 1.5's, and what they are now."""
+"""Names of plain attention in files from before 2023, such as Stable Diffusion 1.5's, and what they are now."""
 
 
 def save_autoencoder(model: Autoencoder, folder: str) -> None:
@@ -110,12 +84,13 @@ def save_unet(config: UNetConfig, weights: Mapping[str, Tensor], folder: str) ->
     """Publish a UNet's config and weights, which may be averaged ones.
 
     Raises:
-        ValueError: if the weights are not those of a UNet of this config.
+        ValueError: if the weights are not those of a UNet of this config, or no class of diffusers can be it.
     """
+    facts = unet_facts(config)
     with torch.device("meta"):
         check_weights(UNet(config), weights, "the mapping to save")
     save_weights(weights, join(folder, WEIGHTS_NAME))
-    _write_facts(_unet_facts(config), folder)
+    _write_facts(facts, folder)
 
 
 def load_unet(folder: str) -> UNet:
@@ -125,10 +100,11 @@ def load_unet(folder: str) -> UNet:
         FileNotFoundError: if the folder lacks a file.
         ValueError: if it holds another network, or a part of one, naming what differs.
     """
-    facts = _read_facts(join(folder, CONFIG_NAME), folder, {UNET_CLASS: UNET_CONSTANTS})
+    facts = _read_facts(join(folder, CONFIG_NAME), folder, UNET_CONSTANTS)
     with torch.device("meta"):
-        model = UNet(_unet_config(facts, folder))
-    fill(model, load_weights(join(folder, WEIGHTS_NAME)), folder)
+        model = UNet(unet_config(facts, folder))
+    weights = load_weights(weights_path(folder))
+    fill(model, {_renamed(name): tensor for name, tensor in weights.items()}, folder)
     return model
 
 
@@ -179,12 +155,12 @@ def _block_types(factors: Sequence[int], attention_factors: Sequence[int]) -> tu
 
 
 def _autoencoder_config(facts: Facts, folder: str) -> AutoencoderConfig:
-    base, mult = _base_and_mult(facts, folder)
+    base, mult = base_and_mult(facts, folder)
     named = enumerate(facts["down_block_types"])
     attention_factors = tuple(1 << level for level, name in named if name == "AttnDownEncoderBlock2D")
     down, up = _block_types([1 << level for level in range(len(mult))], attention_factors)
-    _refuse_other(folder, "down_block_types", facts["down_block_types"], down)
-    _refuse_other(folder, "up_block_types", facts["up_block_types"], up)
+    refuse_other(folder, "down_block_types", facts["down_block_types"], down)
+    refuse_other(folder, "up_block_types", facts["up_block_types"], up)
     shape = AutoencoderConfig(
         latent_channels=facts["latent_channels"],
         base_channels=base,
@@ -197,76 +173,6 @@ def _autoencoder_config(facts: Facts, folder: str) -> AutoencoderConfig:
     if facts["_class_name"] == KL_CLASS:
         return shape
     return quantized(shape, num_codes=facts.get("num_vq_embeddings", 256), code_channels=facts.get("vq_embed_dim"))
-
-
-def _unet_facts(config: UNetConfig) -> Facts:
-    attends = [factor in config.attention_factors for factor in config.factors]
-    return {
-        "_class_name": UNET_CLASS,
-        **UNET_CONSTANTS,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "block_out_channels": list(config.widths),
-        "down_block_types": ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
-        "layers_per_block": config.num_res_blocks,
-        # The layout's name for the number of heads of each level: an old mistake that its files keep.
-        "attention_head_dim": list(config.head_counts) if config.num_heads is None else config.num_heads,
-        "cross_attention_dim": config.context_width,
-        "transformer_layers_per_block": config.transformer_depth,
-        "norm_num_groups": config.norm_groups,
-    }
-
-
-def _unet_config(facts: Facts, folder: str) -> UNetConfig:
-    base, mult = _base_and_mult(facts, folder)
-    head_channels, num_heads = _heads(facts, folder)
-    attends = [name == "CrossAttnDownBlock2D" for name in facts["down_block_types"]]
-    config = UNetConfig(
-        in_channels=facts["in_channels"],
-        out_channels=facts["out_channels"],
-        base_channels=base,
-        channel_mult=mult,
-        num_res_blocks=facts["layers_per_block"],
-        attention_factors=tuple(1 << level for level, here in enumerate(attends) if here),
-        context_width=facts["cross_attention_dim"],
-        transformer_depth=_depth(facts, folder),
-        norm_groups=facts.get("norm_num_groups", 32),
-        head_channels=head_channels,
-        num_heads=num_heads,
-    )
-    for name in ("down_block_types", "up_block_types"):
-        _refuse_other(folder, name, facts[name], _unet_facts(config)[name])
-    return config
-
-
-def _heads(facts: Facts, folder: str) -> tuple[int | None, int | None]:
-    """Return the width of a head or the number of heads, whichever is constant, and None for the other."""
-    counts, widths = facts.get("attention_head_dim", 8), facts["block_out_channels"]
-    if isinstance(counts, int):
-        return None, counts
-    head_widths = {width // count for width, count in zip(widths, counts, strict=True)}
-    if len(head_widths) == 1:
-        return head_widths.pop(), None
-    if len(set(counts)) == 1:
-        return None, counts[0]
-    raise ValueError(f"{folder}: heads must be equally many or equally wide at all levels, got {counts} for {widths}")
-
-
-def _depth(facts: Facts, folder: str) -> int:
-    depths = facts.get("transformer_layers_per_block", 1)
-    if isinstance(depths, list) and len(set(depths)) == 1:
-        depths = depths[0]
-    if not isinstance(depths, int):
-        raise ValueError(f"{folder}: transformers must be equally deep at all levels, got {depths}")
-    return depths
-
-
-def _base_and_mult(facts: Facts, folder: str) -> tuple[int, tuple[int, ...]]:
-    widths = facts["block_out_channels"]
-    if any(width % widths[0] for width in widths):
-        raise ValueError(f"{folder}: block_out_channels must be multiples of the first, got {widths}")
-    return widths[0], tuple(width // widths[0] for width in widths)
 
 
 def _write_facts(facts: Facts, folder: str) -> None:
@@ -285,20 +191,13 @@ def _read_facts(path: str, folder: str, constants_of_class: Mapping[str, Facts])
         known = " or ".join(map(repr, constants_of_class))
         raise ValueError(f"{folder}: _class_name must be {known}, got {class_name!r}")
     for name, expected in constants_of_class[class_name].items():
-        _refuse_other(folder, name, facts.get(name, expected), expected)
+        refuse_other(folder, name, facts.get(name, expected), expected)
     needed = ["block_out_channels", "down_block_types", "up_block_types", "layers_per_block"]
-    needed += (
-        ["in_channels", "out_channels", "cross_attention_dim"] if class_name == UNET_CLASS else ["latent_channels"]
-    )
+    needed += NEEDED.get(class_name, ("latent_channels",))
     missing = [name for name in needed if name not in facts]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     return facts
-
-
-def _refuse_other(folder: str, name: str, found: Any, expected: Any) -> None:
-    if found != expected:
-        raise ValueError(f"{folder}: {name} must be {expected!r}, got {found!r}")
 
 
 def _renamed(name: str) -> str:

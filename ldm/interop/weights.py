@@ -89,7 +89,16 @@ def check_weights(network: nn.Module, weights: Mapping[str, Tensor], origin: str
     Raises:
         ValueError: listing missing, unexpected and misshapen names.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    check_shapes(network.state_dict(), weights, origin, type(network).__name__)
+
+
+def check_shapes(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str, network_name: str) -> None:
+    """Refuse tensors that have not exactly the names and shapes of others, which may lie on the meta device.
+
+    Raises:
+        ValueError: listing missing, unexpected and misshapen names.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     faults = {
         "missing": sorted(expected.keys() - given.keys()),
@@ -102,7 +111,7 @@ def check_weights(network: nn.Module, weights: Mapping[str, Tensor], origin: str
     }
     found = [f"{len(names)} {fault}: {_listed(names)}" for fault, names in faults.items() if names]
     if found:
-        raise ValueError(f"{origin} does not hold the weights of this {type(network).__name__}: {'; '.join(found)}")
+        raise ValueError(f"{origin} does not hold the weights of this {network_name}: {'; '.join(found)}")
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:

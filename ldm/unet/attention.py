@@ -1,12 +1,15 @@
-"""Transformer over the positions of a feature map, with cross-attention to a condition (Rombach et al. 2022, eq. 3).
+"""Attention over the positions of a feature map: transformers that also read a condition, or plain self-attention.
 
-Order in a block: self-attention → cross-attention → gated feed-forward, each on a normalised input and added to it.
+A transformer (Rombach et al. 2022, eq. 3): self-attention → cross-attention → gated feed-forward, each on a normalised
+input and added to it. Plain: group norm → self-attention, added (Dhariwal and Nichol 2021, section 3).
 
 Letters: b batch, c channel, h row, w column, n position (h times w), l token, d embedding width.
 Attributes are named so that parameter names are those of diffusers.
 """
 
 from __future__ import annotations
+
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +19,30 @@ from torch import Tensor, nn
 from ldm.types import TextStates
 
 NORM_EPSILON = 1e-6
+PLAIN_NORM_EPSILON = 1e-5
 
 Tokens = Float[Tensor, "b n c"]
 Features = Float[Tensor, "b c h w"]
 KeyMask = Bool[Tensor, "b 1 1 l"]
 """True where a token may be attended to, alike for all heads and positions."""
+
+
+class AttentionForm(StrEnum):
+    """What attends at a level."""
+
+    TRANSFORMER = "transformer"
+    """Self-attention, cross-attention, feed-forward: models that read tokens."""
+    PLAIN = "plain"
+    """Self-attention only: the paper's unconditional models, and those conditioned by what lies beside the latent."""
+
+
+class ProjectionForm(StrEnum):
+    """What leads into a transformer and out of it; the two compute the same and differ in their weights' shape."""
+
+    CONVOLUTION = "convolution"
+    """1x1 convolutions, (c, c, 1, 1): the paper and Stable Diffusion 1."""
+    LINEAR = "linear"
+    """Linear maps, (c, c): Stable Diffusion 2 and XL."""
 
 
 class Attention(nn.Module):
@@ -36,16 +58,12 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tokens, context: TextStates, mask: KeyMask | None) -> Tokens:
         """Return what each token gathers from the context."""
-        query = self._heads(self.to_q(tokens))
-        key = self._heads(self.to_k(context))
-        value = self._heads(self.to_v(context))
+        query = by_head(self.to_q(tokens), self.num_heads)
+        key = by_head(self.to_k(context), self.num_heads)
+        value = by_head(self.to_v(context), self.num_heads)
         gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # b heads n width
         projected: Tensor = self.to_out[0](gathered.transpose(1, 2).flatten(2))
         return projected
-
-    def _heads(self, tokens: Tensor) -> Tensor:
-        batch, length, width = tokens.shape
-        return tokens.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)  # b heads n width
 
 
 class GatedLinear(nn.Module):
@@ -112,21 +130,79 @@ class PointwiseConv(nn.Conv2d):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over all positions of a feature map, added to it."""
 
-    def __init__(self, channels: int, *, context_width: int, num_heads: int, depth: int, norm_groups: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        context_width: int,
+        num_heads: int,
+        depth: int,
+        norm_groups: int,
+        projections: ProjectionForm,
+    ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPSILON)
-        self.proj_in = PointwiseConv(channels)
+        self.proj_in = _projection(channels, projections)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, context_width, num_heads) for _ in range(depth)
         )
-        self.proj_out = PointwiseConv(channels)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)  # type: ignore[arg-type]
+        self.proj_out = _projection(channels, projections)
+        zero_initialise(self.proj_out)
 
     def forward(self, features: Features, context: TextStates, mask: KeyMask | None) -> Features:
         """Return features of the same shape that have seen each other and the context."""
-        tokens = self.proj_in(self.norm(features).flatten(2).transpose(1, 2))  # b n c
+        tokens = self.proj_in(as_tokens(self.norm(features)))
         for block in self.transformer_blocks:
             tokens = block(tokens, context, mask)
-        added = self.proj_out(tokens).transpose(1, 2).reshape(features.shape)  # b c h w
-        return torch.add(features, added)
+        return added_to(features, self.proj_out(tokens))
+
+
+class PlainAttention(nn.Module):
+    """Multi-head self-attention over all positions of a feature map, added to it."""
+
+    def __init__(self, channels: int, *, num_heads: int, norm_groups: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.group_norm = nn.GroupNorm(norm_groups, channels, eps=PLAIN_NORM_EPSILON)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        zero_initialise(self.to_out[0])
+
+    def forward(self, features: Features, context: None, mask: None) -> Features:
+        """Return features of the same shape that have seen each other; no context comes in, as to a transformer."""
+        tokens = as_tokens(self.group_norm(features))
+        query, key, value = (by_head(each(tokens), self.num_heads) for each in (self.to_q, self.to_k, self.to_v))
+        gathered = F.scaled_dot_product_attention(query, key, value)  # b heads n width
+        return added_to(features, self.to_out[0](gathered.transpose(1, 2).flatten(2)))
+
+
+def as_tokens(features: Features) -> Tokens:
+    """Return the positions row by row; of channels_last features this is a view."""
+    return features.flatten(2).transpose(1, 2)
+
+
+def added_to(features: Features, tokens: Tokens) -> Features:
+    """Return the features with a token added to each position, in the features' memory layout."""
+    return torch.add(features, tokens.transpose(1, 2).reshape(features.shape))
+
+
+def by_head(tokens: Tokens, num_heads: int) -> Float[Tensor, "b heads n width"]:
+    """Return each head's share of the width."""
+    batch, length, width = tokens.shape
+    return tokens.view(batch, length, num_heads, width // num_heads).transpose(1, 2)
+
+
+def zero_initialise(layer: nn.Module) -> None:
+    """Make a layer's output zero until it is trained, so that a fresh network is the identity beside its shortcuts."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+def _projection(channels: int, form: ProjectionForm) -> nn.Module:
+    match form:
+        case ProjectionForm.CONVOLUTION:
+            return PointwiseConv(channels)
+        case ProjectionForm.LINEAR:
+            return nn.Linear(channels, channels)

@@ -1,4 +1,4 @@
-"""Levels of the UNet: residual blocks that know the time, transformers that know the condition, halving and doubling.
+"""Levels of the UNet: residual blocks that know the time, attention that may know a condition, halving and doubling.
 
 Letters: b batch, c channel, h row, w column, e width of the time embedding, l token, d embedding width.
 Attributes are named so that parameter names are those of diffusers.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,36 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.blocks import Upsample
 from ldm.types import TextStates
-from ldm.unet.attention import Features, KeyMask, SpatialTransformer
+from ldm.unet.attention import (
+    Features,
+    KeyMask,
+    PlainAttention,
+    ProjectionForm,
+    SpatialTransformer,
+    zero_initialise,
+)
 
 NORM_EPSILON = 1e-5
 
 TimeEmbedding = Float[Tensor, "b e"]
+
+
+class TimeForm(StrEnum):
+    """How a residual block hears of the time, between its convolutions."""
+
+    SHIFT = "shift"
+    """Added before the normalisation: most of the paper's models, Stable Diffusion."""
+    SCALE_SHIFT = "scale_shift"
+    """Scales and shifts what the normalisation gives (FiLM; Dhariwal and Nichol 2021, eq. 3): LSUN churches."""
+
+
+class Resampling(StrEnum):
+    """How levels halve and double the sides."""
+
+    CONVOLUTION = "convolution"
+    """A strided convolution; nearest neighbour and a convolution."""
+    RESIDUAL = "residual"
+    """A residual block around 2x2 means; one around nearest neighbours (Dhariwal and Nichol 2021, section 3)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,35 +57,67 @@ class LevelShape:
         channels: width of the level.
         time_width: width of the time embedding.
         norm_groups: groups of every group normalisation.
-        num_heads: heads of the attention, or None for a level without transformers.
-        context_width: width of the condition's tokens.
+        num_heads: heads of the attention, or None for a level without.
+        context_width: width of the tokens that transformers read, or None for plain attention.
         depth: blocks a transformer.
+        projections: what leads into a transformer and out of it.
+        time_form: how residual blocks hear of the time.
+        resampling: how the sides are halved and doubled.
     """
 
     channels: int
     time_width: int
     norm_groups: int
     num_heads: int | None
-    context_width: int
+    context_width: int | None
     depth: int
+    projections: ProjectionForm
+    time_form: TimeForm
+    resampling: Resampling
 
-    def residual(self, in_channels: int) -> TimedResidualBlock:
-        """Return a residual block to this level's width."""
-        return TimedResidualBlock(in_channels, self.channels, self.time_width, self.norm_groups)
+    def residual(self, in_channels: int, resize: nn.Module | None = None) -> TimedResidualBlock:
+        """Return a residual block to this level's width, which may also resize."""
+        return TimedResidualBlock(
+            in_channels,
+            self.channels,
+            self.time_width,
+            norm_groups=self.norm_groups,
+            time_form=self.time_form,
+            resize=resize,
+        )
 
-    def transformers(self, count: int) -> nn.ModuleList:
-        """Return `count` transformers, or none for a level without."""
+    def attentions(self, count: int) -> nn.ModuleList:
+        """Return `count` layers of attention, or none for a level without."""
         if self.num_heads is None:
             return nn.ModuleList()
-        return nn.ModuleList(
-            SpatialTransformer(
-                self.channels,
-                context_width=self.context_width,
-                num_heads=self.num_heads,
-                depth=self.depth,
-                norm_groups=self.norm_groups,
-            )
-            for _ in range(count)
+        return nn.ModuleList(self._attention(self.num_heads) for _ in range(count))
+
+    def halving(self) -> nn.Module:
+        """Return what leads to the next coarser level."""
+        match self.resampling:
+            case Resampling.CONVOLUTION:
+                return Downsample(self.channels)
+            case Resampling.RESIDUAL:
+                return self.residual(self.channels, nn.AvgPool2d(2))
+
+    def doubling(self) -> nn.Module:
+        """Return what leads to the next finer level."""
+        match self.resampling:
+            case Resampling.CONVOLUTION:
+                return Upsample(self.channels)
+            case Resampling.RESIDUAL:
+                return self.residual(self.channels, nn.Upsample(scale_factor=2, mode="nearest"))
+
+    def _attention(self, num_heads: int) -> nn.Module:
+        if self.context_width is None:
+            return PlainAttention(self.channels, num_heads=num_heads, norm_groups=self.norm_groups)
+        return SpatialTransformer(
+            self.channels,
+            context_width=self.context_width,
+            num_heads=num_heads,
+            depth=self.depth,
+            norm_groups=self.norm_groups,
+            projections=self.projections,
         )
 
 
@@ -86,25 +144,47 @@ class TimeMLP(nn.Module):
 
 
 class TimedResidualBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a shortcut; the time is added between them."""
+    """Two normalised 3x3 convolutions beside a shortcut, which hear of the time between them; some also resize."""
 
-    def __init__(self, in_channels: int, out_channels: int, time_width: int, norm_groups: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_width: int,
+        *,
+        norm_groups: int,
+        time_form: TimeForm,
+        resize: nn.Module | None,
+    ) -> None:
         super().__init__()
+        self.time_form = time_form
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPSILON)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_width, out_channels)
+        self.time_emb_proj = nn.Linear(time_width, (2 if time_form is TimeForm.SCALE_SHIFT else 1) * out_channels)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPSILON)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.resize = resize
         zero_initialise(self.conv2)
 
-    def forward(self, features: Features, activated_time: TimeEmbedding) -> Float[Tensor, "b d h w"]:
+    def forward(self, features: Features, activated_time: TimeEmbedding) -> Float[Tensor, "b d h2 w2"]:
         """Return the features plus what the convolutions add; `activated_time` is the SiLU of the time embedding."""
+        hidden = F.silu(self.norm1(features))
+        if self.resize is not None:
+            hidden, features = self.resize(hidden), self.resize(features)
         shortcut = features if self.conv_shortcut is None else self.conv_shortcut(features)
-        hidden = self.conv1(F.silu(self.norm1(features)))
-        hidden = hidden + self.time_emb_proj(activated_time)[:, :, None, None]
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return torch.add(shortcut, hidden)
+        hidden = self._timed(self.conv1(hidden), self.time_emb_proj(activated_time)[:, :, None, None])
+        return torch.add(shortcut, self.conv2(F.silu(hidden)))
+
+    def _timed(self, hidden: Tensor, time: Tensor) -> Tensor:
+        match self.time_form:
+            case TimeForm.SHIFT:
+                shifted: Tensor = self.norm2(hidden + time)
+                return shifted
+            case TimeForm.SCALE_SHIFT:
+                scale, shift = time.chunk(2, dim=1)
+                scaled: Tensor = self.norm2(hidden) * (1 + scale) + shift
+                return scaled
 
 
 class Downsample(nn.Module):
@@ -128,11 +208,11 @@ class DownLevel(nn.Module):
         self.resnets = nn.ModuleList(
             shape.residual(in_channels if index == 0 else shape.channels) for index in range(num_blocks)
         )
-        self.attentions = shape.transformers(num_blocks)
-        self.downsamplers = nn.ModuleList([] if is_last else [Downsample(shape.channels)])
+        self.attentions = shape.attentions(num_blocks)
+        self.downsamplers = nn.ModuleList([] if is_last else [shape.halving()])
 
     def forward(
-        self, features: Features, activated_time: TimeEmbedding, context: TextStates, mask: KeyMask | None
+        self, features: Features, activated_time: TimeEmbedding, context: TextStates | None, mask: KeyMask | None
     ) -> tuple[Tensor, ...]:
         """Return the result of each layer; the last is what the next level starts from."""
         results: list[Tensor] = []
@@ -142,20 +222,20 @@ class DownLevel(nn.Module):
                 features = self.attentions[index](features, context, mask)
             results.append(features)
         for downsample in self.downsamplers:
-            results.append(downsample(features))
+            results.append(_resampled(downsample, features, activated_time))
         return tuple(results)
 
 
 class MiddleLevel(nn.Module):
-    """The coarsest features: residual block, transformer, residual block."""
+    """The coarsest features: residual block, attention, residual block."""
 
     def __init__(self, shape: LevelShape) -> None:
         super().__init__()
-        self.attentions = shape.transformers(1)
+        self.attentions = shape.attentions(1)
         self.resnets = nn.ModuleList(shape.residual(shape.channels) for _ in range(2))
 
     def forward(
-        self, features: Features, activated_time: TimeEmbedding, context: TextStates, mask: KeyMask | None
+        self, features: Features, activated_time: TimeEmbedding, context: TextStates | None, mask: KeyMask | None
     ) -> Features:
         """Return features of the same shape."""
         features = self.resnets[0](features, activated_time)
@@ -173,15 +253,15 @@ class UpLevel(nn.Module):
             shape.residual((in_channels if index == 0 else shape.channels) + skip)
             for index, skip in enumerate(skip_channels)
         )
-        self.attentions = shape.transformers(len(skip_channels))
-        self.upsamplers = nn.ModuleList([] if is_last else [Upsample(shape.channels)])
+        self.attentions = shape.attentions(len(skip_channels))
+        self.upsamplers = nn.ModuleList([] if is_last else [shape.doubling()])
 
     def forward(
         self,
         features: Features,
         skips: tuple[Tensor, ...],
         activated_time: TimeEmbedding,
-        context: TextStates,
+        context: TextStates | None,
         mask: KeyMask | None,
     ) -> Tensor:
         """Return the features the next level starts from; `skips` come in the order they are read."""
@@ -190,11 +270,10 @@ class UpLevel(nn.Module):
             if self.attentions:
                 features = self.attentions[index](features, context, mask)
         for upsample in self.upsamplers:
-            features = upsample(features)
+            features = _resampled(upsample, features, activated_time)
         return features
 
 
-def zero_initialise(layer: nn.Conv2d) -> None:
-    """Make a layer's output zero until it is trained, so that a fresh network is the identity beside its shortcuts."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
+def _resampled(layer: nn.Module, features: Features, activated_time: TimeEmbedding) -> Tensor:
+    resampled: Tensor = layer(features, activated_time) if isinstance(layer, TimedResidualBlock) else layer(features)
+    return resampled
