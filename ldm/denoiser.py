@@ -34,7 +34,12 @@ def build_denoiser(unet: UNetConfig, conditioning: ConditioningConfig) -> nn.Mod
 
 
 def check_denoiser(
-    unet: UNetConfig, conditioning: ConditioningConfig, *, latent_channels: int, text_width: int
+    unet: UNetConfig,
+    conditioning: ConditioningConfig,
+    *,
+    latent_channels: int,
+    text_width: int,
+    pooled_width: int | None,
 ) -> None:
     """Refuse a UNet that does not fit its latents and conditions.
 
@@ -50,6 +55,17 @@ def check_denoiser(
         )
     if conditioning.text is TextUse.FROZEN and unet.context_width != text_width:
         raise ValueError(f"the latents have text of width {text_width}, the unet takes {unet.context_width}")
+    if conditioning.has_states != (unet.context_width is not None):
+        raise ValueError(
+            f"conditions of {'tokens' if conditioning.has_states else 'no tokens'} ask for a UNet "
+            f"{'with' if conditioning.has_states else 'without'} context_width, got {unet.context_width}"
+        )
+    has_vectors = unet.pooled_width is not None
+    if conditioning.has_sizes != has_vectors or (has_vectors and unet.pooled_width != pooled_width):
+        raise ValueError(
+            f"has_sizes is {conditioning.has_sizes} and the text's vector is {pooled_width or 0} wide, "
+            f"the unet takes sizes and a vector of width {unet.pooled_width or 0}: both or none"
+        )
 
 
 def split_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -166,6 +166,7 @@ def check_inputs(config: TrainLdmConfig) -> Manifest:
         config.conditioning,
         latent_channels=autoencoder.config.latent_channels,
         text_width=int(manifest.summary.get("text_width", 0)),
+        pooled_width=manifest.summary.get("pooled_width"),
     )
     check_told(config.conditioning, manifest)
     check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
