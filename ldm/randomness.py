@@ -40,7 +40,6 @@ class Draw(IntEnum):
     CROP = 12
     MASK = 13
     CONDITION_DROPOUT = 14
-    DEGRADATION = 15
 
 
 def generator(seed: int, draw: Draw, sample: int, sub: int = 0) -> np.random.Generator:

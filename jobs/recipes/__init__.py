@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jobs.recipes import emoji, folder, laion, reshard
+from jobs.recipes import emoji, folder, laion, paper, reshard
 from jobs.wiring.evaluate import EvaluateConfig
 from jobs.wiring.precompute_latents import PrecomputeLatentsConfig
 from jobs.wiring.sample import SampleConfig
@@ -30,11 +30,13 @@ PRECOMPUTE_LATENTS: dict[str, Callable[[str], PrecomputeLatentsConfig]] = {
     "emoji": emoji.precompute_latents,
     "folder": folder.precompute_latents,
     "laion": laion.precompute_latents,
+    **paper.PRECOMPUTE_LATENTS,
 }
 TRAIN_LDM: dict[str, Callable[[str], TrainLdmConfig]] = {
     "emoji": emoji.train_ldm,
     "folder": folder.train_ldm,
     "laion": laion.train_ldm,
+    **paper.TRAIN_LDM,
 }
 EVALUATE: dict[str, Callable[[str], EvaluateConfig]] = {
     "emoji": emoji.evaluate,

@@ -1,6 +1,6 @@
-"""Loss of a diffusion network: mean squared error against its target, weighted by the signal-to-noise ratio.
+"""Loss of a diffusion network: mean error against its target, weighted by the signal-to-noise ratio.
 
-    loss_b = w(snr_b) mean_{c,h,w} (output - target)^2
+    loss_b = w(snr_b) mean_{c,h,w} (output - target)^2, or of | output - target |
 
 Letters: b batch, c latent channel, h row, w column.
 """
@@ -30,6 +30,15 @@ class Weighting(StrEnum):
     """min(snr, 5) in the space of the clean latent (Hang et al. 2023)."""
 
 
+class ErrorNorm(StrEnum):
+    """How far an output is from its target."""
+
+    L2 = "l2"
+    """The square of the difference (Ho et al. 2020, eq. 14)."""
+    L1 = "l1"
+    """Its absolute value, as the paper's models of layouts, maps and masks were trained."""
+
+
 def loss_weight(
     weighting: Weighting, kind: Prediction, at: Scales, gamma: float = MIN_SNR_GAMMA
 ) -> Float[Tensor, "..."]:
@@ -51,9 +60,15 @@ def loss_weight(
 
 
 def per_sample_loss(
-    kind: Prediction, output: Latent, clean: Latent, noise: Latent, at: Scales, weighting: Weighting
+    kind: Prediction,
+    output: Latent,
+    clean: Latent,
+    noise: Latent,
+    at: Scales,
+    weighting: Weighting,
+    norm: ErrorNorm = ErrorNorm.L2,
 ) -> Float[Tensor, " b"]:
-    """Return the weighted mean squared error of each row.
+    """Return the weighted mean error of each row.
 
     Args:
         kind: what the output means.
@@ -62,6 +77,12 @@ def per_sample_loss(
         noise: the noise they were corrupted with.
         at: the scales of each row, shape (b, 1, 1, 1).
         weighting: how much each row counts.
+        norm: how far the output is from its target.
     """
-    error = (output - target(kind, clean, noise, at)).square().mean(dim=(1, 2, 3))
+    difference = output - target(kind, clean, noise, at)
+    match norm:
+        case ErrorNorm.L2:
+            error = difference.square().mean(dim=(1, 2, 3))
+        case ErrorNorm.L1:
+            error = difference.abs().mean(dim=(1, 2, 3))
     return loss_weight(weighting, kind, at).flatten() * error

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.rows import RowConditions
-from ldm.config import Config
+from ldm.config import Config, added_later
 from ldm.diffusion.process import Prediction, corrupt
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
 from ldm.evaluation.denoising import Denoising
 from ldm.latents import LatentSpace
-from ldm.losses.diffusion import Weighting, per_sample_loss
+from ldm.losses.diffusion import ErrorNorm, Weighting, per_sample_loss
 from ldm.randomness import Draw, normal, uniform
 from ldm.training.engine import Engine
 from ldm.training.optim import OptimConfig, learning_rate
@@ -40,6 +40,8 @@ class ObjectiveConfig(Config):
     """What the network puts out: noise (the paper), velocity or clean."""
     weighting: Weighting = Weighting.UNIFORM
     """How timesteps weigh in the loss: uniform (the paper) or min_snr."""
+    norm: ErrorNorm = added_later(ErrorNorm.L2)
+    """How far an output is from its target in training: l2 or l1; validation always measures l2."""
     validation_rows: int = 384
     """Held-out rows of a validation, rounded down to a multiple of 64 (or to what there is, if less)."""
 
@@ -151,7 +153,10 @@ class DiffusionTask:
         at = self._schedule.scales(timestep)
         noisy = corrupt(clean, noise, at)
         output = self._network(noisy, timestep, on_device.condition).float()
-        loss = per_sample_loss(self.objective.prediction, output, clean, noise, at, self.objective.weighting).mean()
+        objective = self.objective
+        loss = per_sample_loss(
+            objective.prediction, output, clean, noise, at, objective.weighting, objective.norm
+        ).mean()
         losses.append(loss.detach())
         return loss
 
