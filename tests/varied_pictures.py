@@ -60,11 +60,11 @@ def cache(folder: Path, root: Path, **fields: object) -> tuple[LatentsConfig, Ma
 
 
 def loader_of(config: LatentsConfig, **fields: object) -> LatentLoader:
-    embed = fields.pop("embed", None)
+    read_tokens = fields.pop("read_tokens", None)
     rank, world = fields.pop("rank", 0), fields.pop("world", 1)
     settings: dict[str, object] = {"root": config.root, "batch_size": 4, "num_streams": 4, "block_rows": 3}
     loader_config = LoaderConfig(**(settings | fields))  # type: ignore[arg-type]
-    return LatentLoader(load_manifest(config.root), loader_config, rank, world, embed)  # type: ignore[arg-type]
+    return LatentLoader(load_manifest(config.root), loader_config, rank, world, read_tokens)  # type: ignore[arg-type]
 
 
 def source_rows(folder: Path, split: Split = Split.TRAIN) -> dict[str, Row]:
