@@ -1,6 +1,7 @@
 """Compiles UNets that between them have every form, each as one graph, and says how far they are from the plain ones.
 
-The differences come as JSON on standard output. A program of its own, since tests check shapes by a hook that no compiler sees through.
+The differences come as JSON on standard output. A program of its own, since tests check shapes by a hook that no
+compiler sees through.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from ldm.interop.diffusers import CONFIG_NAME, WEIGHTS_NAME, load_unet, save_unet
-from ldm.interop.diffusers_unet import unet_facts
+from ldm.interop.diffusers_unet import unet_config, unet_facts
 from ldm.types import Condition
 from ldm.unet import zoo
 from ldm.unet.attention import AttentionForm, ProjectionForm
@@ -203,6 +203,20 @@ def test_full_size_unet_fits_diffusers_to_the_last_name_and_shape(name):
         ours, theirs = UNet(config), kind.from_config(facts)
     shapes = [{key: tensor.shape for key, tensor in model.state_dict().items()} for model in (ours, theirs)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["sd1", "sd2", "sdxl", "celebahq_ldm_vq_4", "bsr_sr", "cin256_v2", "txt2img_1p4b", "rdm"]
+)
+def test_what_is_said_of_a_named_network_is_read_back(name):
+    config = getattr(zoo, name)()
+    assert unet_config(unet_facts(config), name) == config
+
+
+def test_semantic_synthesis_goes_there_as_heads_of_one_width():
+    """Only its middle attends, so eight heads are heads of width 128."""
+    config = zoo.semantic_synthesis256()
+    assert unet_config(unet_facts(config), "x") == dataclasses.replace(config, num_heads=None, head_channels=128)
 
 
 def test_plain_attention_of_old_files_loads_and_agrees(tmp_path):

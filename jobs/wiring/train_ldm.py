@@ -15,6 +15,7 @@ from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_d
 from ldm.config import Config, added_later
 from ldm.first_stage import load_autoencoder
 from ldm.interop.diffusers import save_autoencoder, save_unet, weights_digest
+from ldm.interop.diffusers_unet import unet_facts
 from ldm.samplers.sample import SamplerConfig
 from ldm.text_to_image import (
     AUTOENCODER_FOLDER,
@@ -161,6 +162,7 @@ def check_inputs(config: TrainLdmConfig) -> Manifest:
             f"the latents have {channels} channels and text of width {width}, "
             f"the unet takes {config.unet.in_channels} and {config.unet.context_width}"
         )
+    unet_facts(config.unet)  # refuses what could not be published once it is trained
     check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
     config.engine.micro_batches(config.batch_size // config.launch.num_workers)
     if manifest.num_rows(Split.VALIDATION) == 0:
