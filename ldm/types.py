@@ -74,10 +74,11 @@ class Condition:
         return cls(**{name: torch.cat(found) for name, found in named.items() if found and found[0] is not None})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
-        """Return the same condition on `device`, its floats as `dtype`."""
-        return self._mapped(
+        """Return the same condition on `device`, its floats as `dtype` but for sizes: bfloat16 has no 1023."""
+        moved = self._mapped(
             lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, non_blocking=True)
         )
+        return moved if self.sizes is None else replace(moved, sizes=self.sizes.to(device, non_blocking=True))
 
     def rows(self, start: int, stop: int) -> Condition:
         """Return rows [start, stop) of the batch."""

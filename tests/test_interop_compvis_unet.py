@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "use_linear_in_transformer": True,
         "channel_mult": (1, 2, 4),
         "attention_resolutions": (4, 2),
-        "transformer_depth": (1, 2, 3),
+        "transformer_depth": (1, 1, 2),
         "adm_in_channels": 10 + SIZES,
     },
     "faces": {"num_head_channels": 16, "num_res_blocks": 2},

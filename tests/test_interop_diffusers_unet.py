@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from ldm.interop.diffusers import CONFIG_NAME, WEIGHTS_NAME, load_unet, save_unet
-from ldm.interop.diffusers_unet import unet_facts
+from ldm.interop.diffusers_unet import unet_config, unet_facts
 from ldm.types import Condition
 from ldm.unet import zoo
 from ldm.unet.attention import AttentionForm, ProjectionForm
@@ -27,9 +27,15 @@ CONDITIONAL = {
     "cross_attention_dim": 12,
 }
 SD1: dict[str, Any] = {**CONDITIONAL, "attention_head_dim": 8}
-SD2: dict[str, Any] = {**CONDITIONAL, "attention_head_dim": (2, 4, 8, 8), "use_linear_projection": True}
+SD2: dict[str, Any] = {
+    **CONDITIONAL,
+    "layers_per_block": 1,
+    "attention_head_dim": (2, 4, 8, 8),
+    "use_linear_projection": True,
+}
 SDXL: dict[str, Any] = {
     "block_out_channels": (16, 32, 64),
+    "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "norm_num_groups": 8,
@@ -45,6 +51,7 @@ PLAIN: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
     "block_out_channels": (16, 32, 64),
+    "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     "norm_num_groups": 8,
@@ -58,10 +65,10 @@ RESIDUAL = {
 FILM = {"resnet_time_scale_shift": "scale_shift"}
 SAVED_THERE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sd1": (SD1, {"num_heads": 8, "projections": ProjectionForm.CONVOLUTION, "attention_factors": (1, 2, 4)}),
-    "sd1 inpainting": ({**SD1, "in_channels": 9}, {"in_channels": 9, "out_channels": 4}),
+    "sd1 inpainting": ({**SD1, "in_channels": 9, "layers_per_block": 1}, {"in_channels": 9, "out_channels": 4}),
     "sd2": (SD2, {"head_channels": 8, "projections": ProjectionForm.LINEAR}),
     "sdxl": (SDXL, {"transformer_depth": (0, 2, 3), "pooled_width": 10, "size_width": 8, "head_channels": 8}),
-    "scale and shift": ({**SD1, **FILM}, {"time_form": TimeForm.SCALE_SHIFT}),
+    "scale and shift": ({**SD2, **FILM}, {"time_form": TimeForm.SCALE_SHIFT}),
     "celebahq": ({**PLAIN, "attention_head_dim": 8}, {"head_channels": 8, "context_width": None}),
     "one head": ({**PLAIN, "attention_head_dim": None}, {"num_heads": 1, "attention": AttentionForm.PLAIN}),
     "residual": ({**PLAIN, **RESIDUAL}, {"resampling": Resampling.RESIDUAL, "attention_factors": (2, 4)}),
@@ -82,7 +89,14 @@ SAVED_THERE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 each_saved = pytest.mark.parametrize("facts, expected", SAVED_THERE.values(), ids=SAVED_THERE)
 
-_OURS = {"in_channels": 4, "out_channels": 4, "base_channels": 16, "channel_mult": (1, 2, 4), "norm_groups": 8}
+_OURS = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "base_channels": 16,
+    "channel_mult": (1, 2, 4),
+    "norm_groups": 8,
+    "num_res_blocks": 1,
+}
 SAVED_HERE = {
     "sdxl": UNetConfig(
         **_OURS,
@@ -189,6 +203,20 @@ def test_full_size_unet_fits_diffusers_to_the_last_name_and_shape(name):
         ours, theirs = UNet(config), kind.from_config(facts)
     shapes = [{key: tensor.shape for key, tensor in model.state_dict().items()} for model in (ours, theirs)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["sd1", "sd2", "sdxl", "celebahq_ldm_vq_4", "bsr_sr", "cin256_v2", "txt2img_1p4b", "rdm"]
+)
+def test_what_is_said_of_a_named_network_is_read_back(name):
+    config = getattr(zoo, name)()
+    assert unet_config(unet_facts(config), name) == config
+
+
+def test_semantic_synthesis_goes_there_as_heads_of_one_width():
+    """Only its middle attends, so eight heads are heads of width 128."""
+    config = zoo.semantic_synthesis256()
+    assert unet_config(unet_facts(config), "x") == dataclasses.replace(config, num_heads=None, head_channels=128)
 
 
 def test_plain_attention_of_old_files_loads_and_agrees(tmp_path):

@@ -127,6 +127,22 @@ def test_channels_last_stays_and_gives_the_same(config):
     assert all(stride[1] == 1 for stride, dim in layouts if dim == 4), "channels lie together in every feature map"
 
 
+@each_form
+def test_half_precision_network_predicts_in_its_precision_and_near_the_full_one(config):
+    model, (noisy, timestep, condition) = awake(config), given(config)
+    expected = model(noisy, timestep, condition)
+    half = model.bfloat16()(noisy.bfloat16(), timestep, condition.to(noisy.device, torch.bfloat16))
+    assert half.dtype is torch.bfloat16
+    assert (half - expected).square().mean().sqrt() < 0.1 * expected.std()
+
+
+def test_sizes_keep_their_digits_beside_a_half_precision_network():
+    sizes = torch.tensor([[1023.0, 1024, 0, 1, 1022, 1021]])
+    condition = Condition(pooled=torch.zeros(1, 2), sizes=sizes).to(torch.device("cpu"), torch.bfloat16)
+    assert condition.pooled.dtype is torch.bfloat16
+    assert torch.equal(condition.sizes, sizes)
+
+
 def test_concatenation_inside_is_concatenation_outside():
     config = FORMS["beside"]
     model, (noisy, timestep, condition) = awake(config), given(config)
@@ -248,6 +264,7 @@ def test_impossible_config_is_refused_with_its_numbers(config, wrong, message):
         ),
         ("plain", {"spatial": torch.zeros(2, 1, 8, 8)}, "must have 4 channels together, got 4 and 1"),
         ("plain", {"states": torch.zeros(2, 3, 6)}, "no cross-attention and no use for token states, got .* width 6"),
+        ("plain", {"mask": torch.ones(2, 3, dtype=torch.bool)}, "no mask where it has no tokens, got one of 3"),
         ("sdxl", {"pooled": None}, "a pooled vector of width 5, got none"),
         ("sdxl", {"pooled": torch.zeros(2, 4)}, "a pooled vector of width 5, got one of width 4"),
         ("sdxl", {"sizes": None}, "6 sizes a row beside its pooled vector, got none"),

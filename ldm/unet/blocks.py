@@ -169,10 +169,11 @@ class TimedResidualBlock(nn.Module):
 
     def forward(self, features: Features, activated_time: TimeEmbedding) -> Float[Tensor, "b d h2 w2"]:
         """Return the features plus what the convolutions add; `activated_time` is the SiLU of the time embedding."""
+        # The shortcut comes first: gradients are summed in the order of the forward pass.
+        resized = features if self.resize is None else self.resize(features)
+        shortcut = resized if self.conv_shortcut is None else self.conv_shortcut(resized)
         hidden = F.silu(self.norm1(features))
-        if self.resize is not None:
-            hidden, features = self.resize(hidden), self.resize(features)
-        shortcut = features if self.conv_shortcut is None else self.conv_shortcut(features)
+        hidden = hidden if self.resize is None else self.resize(hidden)
         hidden = self._timed(self.conv1(hidden), self.time_emb_proj(activated_time)[:, :, None, None])
         return torch.add(shortcut, self.conv2(F.silu(hidden)))
 

@@ -264,6 +264,10 @@ def check_fit(config: UNetConfig, noisy: Float[Tensor, "b i h w"], condition: Co
     if any(side % config.factor for side in sides):
         raise ValueError(f"the input's sides must be multiples of {config.factor}, got {sides}")
     _check_states(config.context_width, condition.states)
+    if condition.states is None and condition.mask is not None:
+        raise ValueError(
+            f"the condition must have no mask where it has no tokens, got one of {condition.mask.shape[-1]}"
+        )
     if config.pooled_width is None:
         return
     if condition.pooled is None or condition.pooled.shape[-1] != config.pooled_width:
