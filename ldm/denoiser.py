@@ -1,11 +1,12 @@
 """The network of stage 2: a UNet, and where a condition is read by trained weights, those beside it in one module.
 
-folder/   unet/ (config and safetensors, in the layout of diffusers)
-conditioner/ (safetensors, where a condition is trained)
+folder/   unet/ (config and safetensors in the layout of diffusers; where that can't say the network's shape to the
+last field, unet.json says it in our own words), conditioner/ (safetensors, where a condition is trained)
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import cast
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import ConditionalDenoiser, Conditioner, ConditioningConfig, TextUse
-from ldm.interop.diffusers import load_unet, save_unet, weights_digest
-from ldm.interop.weights import fill, load_weights, save_weights
-from ldm.storage import join
+from ldm.interop.diffusers import WEIGHTS_NAME, load_unet, save_unet, weights_digest
+from ldm.interop.diffusers_unet import has_class, is_said_whole
+from ldm.interop.weights import check_weights, fill, load_weights, save_weights
+from ldm.storage import exists, join, read_text, remove_file, write_text
 from ldm.unet.model import UNet, UNetConfig
 
 UNET_FOLDER = "unet"
+OWN_CONFIG = "unet.json"
 CONDITIONER_FOLDER = "conditioner"
 CONDITIONER_FILE = "model.safetensors"
 UNET_PREFIX = "unet."
@@ -92,7 +95,16 @@ def save_denoiser(
 ) -> None:
     """Publish a network's weights, which may be averaged ones, in its folders."""
     own, trained = split_weights(weights)
-    save_unet(unet, own, join(folder, UNET_FOLDER))
+    place = join(folder, UNET_FOLDER)
+    remove_file(join(place, OWN_CONFIG))
+    if has_class(unet):
+        save_unet(unet, own, place)
+    else:
+        with torch.device("meta"):
+            check_weights(UNet(unet), own, "the mapping to save")
+        save_weights(own, join(place, WEIGHTS_NAME))
+    if not is_said_whole(unet):
+        write_text(join(place, OWN_CONFIG), json.dumps(unet.to_dict(), indent=1))
     if trained:
         save_weights(trained, _conditioner_path(folder))
 
@@ -104,7 +116,7 @@ def load_denoiser(folder: str, conditioning: ConditioningConfig) -> nn.Module:
         FileNotFoundError: if the folder lacks a file.
         ValueError: if it holds another network, or a part of one, naming what differs.
     """
-    unet = load_unet(join(folder, UNET_FOLDER))
+    unet = _load_unet(join(folder, UNET_FOLDER))
     if not conditioning.is_trained:
         return unet
     with torch.device("meta"):
@@ -118,6 +130,15 @@ def unet_config(network: nn.Module) -> UNetConfig:
     """Return the shape of a network's UNet."""
     unet = network.unet if isinstance(network, ConditionalDenoiser) else network
     return cast(UNet, unet).config
+
+
+def _load_unet(folder: str) -> UNet:
+    if not exists(join(folder, OWN_CONFIG)):
+        return load_unet(folder)
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_yaml(read_text(join(folder, OWN_CONFIG))))  # JSON is YAML
+    fill(unet, load_weights(join(folder, WEIGHTS_NAME)), folder)
+    return unet
 
 
 def _conditioner(unet: UNetConfig, conditioning: ConditioningConfig) -> Conditioner:

@@ -19,7 +19,7 @@ from PIL import Image
 from jobs.wiring.train_ldm import TrainLdmConfig, check_inputs, num_parameters, row_conditions
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
 from ldm.conditioning.transformer import TokenTransformerConfig
-from ldm.denoiser import load_denoiser
+from ldm.denoiser import build_denoiser, denoiser_digests, load_denoiser, save_denoiser, unet_config
 from ldm.diffusion.process import Prediction
 from ldm.diffusion.schedule import Schedule
 from ldm.evaluation.denoising import Denoising
@@ -27,6 +27,8 @@ from ldm.interop.diffusers import save_autoencoder
 from ldm.interop.weights import load_weights
 from ldm.text_to_image import load_card, load_text_to_image
 from ldm.training.diffusion_task import ObjectiveConfig
+from ldm.types import Condition
+from ldm.unet.model import UNetConfig
 from pipeline.latent_config import ColumnsConfig, TextStorage
 from pipeline.latent_plan import plan_latents, token_reader
 from pipeline.loader import LatentLoader
@@ -202,3 +204,35 @@ def test_condition_that_the_latents_do_not_hold_is_refused_before_training(folde
     config = replace(tiny_config(folder), latents=plain.root, conditioning=ConditioningConfig(**changes))
     with pytest.raises(ValueError, match=message):
         check_inputs(config)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_unet_that_diffusers_has_or_lacks_a_class_for_comes_back_from_its_folder(tmp_path, num_heads) -> None:
+    """Plain attention with several heads of a level's own width (the paper's inpainting) is none there."""
+    config = UNetConfig(
+        in_channels=2,
+        out_channels=2,
+        base_channels=16,
+        channel_mult=(1, 2),
+        attention_factors=(1, 2),
+        num_heads=num_heads,
+        context_width=None,
+        norm_groups=8,
+    )
+    told = ConditioningConfig(text=TextUse.NONE)
+    torch.manual_seed(0)
+    network = build_denoiser(config, told)
+    for _ in range(2):  # the second replaces the first
+        save_denoiser(replace(config, num_heads=3 - num_heads), told, other_weights(config, num_heads), str(tmp_path))
+        save_denoiser(config, told, network.state_dict(), str(tmp_path))
+    assert (tmp_path / "unet" / "unet.json").exists() == (num_heads == 2)
+    loaded = load_denoiser(str(tmp_path), told)
+    noisy, time = torch.randn(1, 2, 8, 8), torch.tensor([5.0])
+    assert torch.equal(loaded(noisy, time, Condition()), network(noisy, time, Condition()))
+    assert denoiser_digests(unet_config(loaded), told, loaded.state_dict()) == (
+        denoiser_digests(config, told, network.state_dict())
+    )
+
+
+def other_weights(config: UNetConfig, num_heads: int) -> dict[str, torch.Tensor]:
+    return build_denoiser(replace(config, num_heads=3 - num_heads), ConditioningConfig(text=TextUse.NONE)).state_dict()

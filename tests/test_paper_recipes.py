@@ -1,4 +1,4 @@
-"""Laws of the paper's recipes: each network fits what it is told and the first stage it was made for, to the parameter."""
+"""Laws of the paper's recipes: each network fits what it is told and its first stage, to the parameter."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from ldm.config import Config, added_later
 from ldm.denoiser import build_denoiser, check_denoiser, denoiser_digests, save_denoiser
 from ldm.first_stage import load_autoencoder
 from ldm.interop.diffusers import save_autoencoder, weights_digest
-from ldm.interop.diffusers_unet import unet_facts
 from ldm.samplers.sample import SamplerConfig
 from ldm.text_to_image import (
     AUTOENCODER_FOLDER,
@@ -170,7 +169,6 @@ def check_inputs(config: TrainLdmConfig) -> Manifest:
         pooled_width=manifest.summary.get("pooled_width"),
     )
     check_told(config.conditioning, manifest)
-    unet_facts(config.unet)  # refuses what could not be published once it is trained
     check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
     config.engine.micro_batches(config.batch_size // config.launch.num_workers)
     if manifest.num_rows(Split.VALIDATION) == 0:

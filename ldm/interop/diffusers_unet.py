@@ -7,6 +7,7 @@ only the config is translated; what one side can't be is refused by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ldm.unet.attention import AttentionForm, ProjectionForm
@@ -89,6 +90,21 @@ def unet_facts(config: UNetConfig) -> Facts:
             return {"_class_name": CONDITIONAL_CLASS, **UNET_CONSTANTS[CONDITIONAL_CLASS], **facts, **_own(config)}
         case AttentionForm.PLAIN:
             return {"_class_name": PLAIN_CLASS, **UNET_CONSTANTS[PLAIN_CLASS], **facts, **_plain_own(config)}
+
+
+def has_class(config: UNetConfig) -> bool:
+    """Say whether a class of diffusers can be the network."""
+    try:
+        unet_facts(config)
+    except ValueError:
+        return False
+    return True
+
+
+def is_said_whole(config: UNetConfig) -> bool:
+    """Say whether a `config.json` read back is the very config, but for how activations are kept."""
+    plain = replace(config, checkpoint_activations=False)
+    return has_class(plain) and unet_config(unet_facts(plain), "") == plain
 
 
 def unet_config(facts: Facts, folder: str) -> UNetConfig:
