@@ -39,6 +39,7 @@ class Draw(IntEnum):
     BUCKET = 11
     CROP = 12
     MASK = 13
+    CODE = 20
 
 
 def generator(seed: int, draw: Draw, sample: int, sub: int = 0) -> np.random.Generator:
