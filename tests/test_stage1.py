@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.wiring.train_autoencoder import LATENT_STATISTICS_FILE, TrainAutoencoderConfig, train_autoencoder_worker
+from jobs.wiring.train_autoencoder import (
+    LATENT_STATISTICS_FILE,
+    TrainAutoencoderConfig,
+    check_inputs,
+    train_autoencoder_worker,
+)
 from ldm.autoencoder.codebook import CodebookConfig
 from ldm.autoencoder.model import AutoencoderConfig
 from ldm.autoencoder.quantizer import perplexity, usage
@@ -268,6 +273,13 @@ def test_a_term_that_is_not_finite_stops_the_run_with_its_name_and_step(tmp_path
     with pytest.raises(FloatingPointError, match="^loss, pixel_loss is not finite since 12 samples"):
         train(task, DrawnLoader(alone()), config.loop, around)
     assert list(tmp_path.glob("0*")) == []
+
+
+def test_images_whose_sides_are_no_multiples_of_the_factor_are_refused_before_any_worker_starts(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "dataset", image_size=18)
+    config = stage1_config(tmp_path / "run", replace(KL, channel_mult=(1, 2, 2)))
+    with pytest.raises(ValueError, match="images of 18 px are no multiple of the autoencoder's factor 4"):
+        check_inputs(replace(config, dataset=str(tmp_path / "dataset")))
 
 
 def test_a_codebooks_training_for_kl_is_refused() -> None:

@@ -19,9 +19,11 @@ class ReconstructionConfig(Config):
     perceptual: PerceptualConfig = PerceptualConfig()
     """Which perceptual distance."""
     perceptual_weight: float = 1.0
-    """Weight of the perceptual distance beside the mean absolute pixel error."""
+    """Weight of the perceptual distance beside the mean pixel error."""
     perceptual_rows: int = 0
-    """Rows of each worker's share of a batch that the perceptual distance looks at (it is slow on a CPU); 0 for all."""
+    """Rows of each worker's share of a batch, and of each 32 validated ones, that the perceptual distance looks at (it
+    is slow on a CPU); 0 for all.
+    """
     kl_weight: float = 1e-6
     """Weight of the KL divergence in the paper's units, where KL and pixel errors are sums over elements.
 
