@@ -133,7 +133,7 @@ def guarded(**fields: object) -> tuple[Guard, list[str]]:
 
 
 def test_a_guard_begins_above_its_bound_ends_below_the_other_and_says_so_once_each() -> None:
-    guard, said = guarded(begins_above=4.0, ends_below=2.0, share=0.25)
+    guard, said = guarded(begins_above=4.0, ends_below=2.0, share=0.25, side=GuardedSide.GENERATOR)
     shares = []
     for step, gap in enumerate([0.0, 8.0, 8.0, 8.0, 2.0, 2.0, 0.0, 0.0, 0.0], start=1):
         guard.update(torch.tensor(gap), (4 * step, 4))
@@ -291,7 +291,7 @@ def test_a_codebooks_training_for_kl_is_refused() -> None:
     "fields, message",
     [
         ({"begins_above": 1.0, "ends_below": 2.0}, "ends_below can't be above guard.begins_above, got 2.0 and 1.0"),
-        ({"measure": GuardMeasure.ACCURACY}, "an accuracy lies between 0 and 1: .* got 2.0 and 4.0"),
+        ({"measure": GuardMeasure.ACCURACY}, "an accuracy lies between 0 and 1: .* got 6.0 and 8.0"),
         ({"share": 1.0}, r"guard.share in \[0, 1\), got 1000 and 1.0"),
         ({"half_life_samples": 0}, "half_life_samples must be at least 1"),
     ],
