@@ -50,7 +50,7 @@ class GuardConfig(Config):
     begins_above: float = 8.0
     """Moving average of the measure above which the guard begins; for accuracy below 1, such as 0.95.
 
-    A hinge loss asks for a gap of 2, and trainings that go well have one of 3 to 6: a lower bound begins soon.
+    A hinge loss asks for a gap of 2, and small trainings that went well were seen at 3 to 6: a lower bound begins soon.
     """
     ends_below: float = 6.0
     """Moving average below which it ends; not above `begins_above`. One that is never reached again never ends it."""
