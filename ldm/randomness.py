@@ -40,6 +40,7 @@ class Draw(IntEnum):
     CROP = 12
     MASK = 13
     CONDITION_DROPOUT = 14
+    CODE = 20
 
 
 def generator(seed: int, draw: Draw, sample: int, sub: int = 0) -> np.random.Generator:

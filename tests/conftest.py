@@ -37,6 +37,7 @@ STARTS_MANY_PROCESSES = {
     "test_engines",
     "test_jobs",
     "test_run",
+    "test_stage1_ranks",
     "test_shards_at_once",
     "test_tracking",
 }

@@ -124,16 +124,18 @@ def test_digest_of_kl_configs_is_that_of_before_there_was_vq(name, digest):
 def test_autoencoder_for_any_sides_divides_by_the_factor_and_multiplies_back(sides):
     model, image = made(), torch.randn(2, 3, *sides)
     latent_sides = (sides[0] // 4, sides[1] // 4)
-    reconstruction, moments = model(image, torch.zeros(2, 3, *latent_sides))
+    reconstruction, moments, *_ = model(image, torch.zeros(2, 3, *latent_sides))
     assert moments.shape == (2, SMALL.moment_channels, *latent_sides)
     assert reconstruction.shape == image.shape
 
 
 def test_forward_is_encode_then_sample_then_decode():
     model, image, noise = made(), torch.randn(2, 3, 16, 16), torch.randn(2, 3, 4, 4)
-    reconstruction, moments = model(image, noise)
-    assert torch.equal(moments, model.encode(image))
-    assert torch.equal(reconstruction, model.decode(sample(moments, noise)))
+    found = model(image, noise)
+    assert torch.equal(found.moments, model.encode(image))
+    assert torch.equal(found.image, model.decode(sample(found.moments, noise)))
+    assert torch.equal(found.kl, kl_divergence(found.moments))
+    assert found.quantized is None
 
 
 def test_rows_of_a_batch_do_not_see_each_other():
@@ -143,8 +145,8 @@ def test_rows_of_a_batch_do_not_see_each_other():
 
 def test_reconstruction_gradient_reaches_every_parameter():
     model = made()
-    reconstruction, moments = model(torch.randn(2, 3, 16, 16), torch.randn(2, 3, 4, 4))
-    (reconstruction.square().mean() + kl_divergence(moments).mean()).backward()
+    reconstruction = model(torch.randn(2, 3, 16, 16), torch.randn(2, 3, 4, 4))
+    (reconstruction.image.square().mean() + reconstruction.kl.mean()).backward()
     silent = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
     # A key's bias shifts all scores of a query alike, which the softmax cancels.
     assert [name for name in silent if "to_k.bias" not in name] == []

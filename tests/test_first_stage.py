@@ -15,11 +15,9 @@ import torch
 
 from jobs.wiring.first_stage import settled
 from jobs.wiring.registering import register_model
-from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import TrainLdmConfig
 from ldm import storage
 from ldm.autoencoder.model import Autoencoder
-from ldm.autoencoder.zoo import vq_f4
 from ldm.first_stage import evaluation_of, find_autoencoder, load_autoencoder, settled_address
 from ldm.interop.diffusers import PICKLE_NAME, WEIGHTS_NAME, save_autoencoder, weights_digest
 from ldm.registry import RegistryError, record_evaluation
@@ -254,11 +252,6 @@ def test_cache_made_by_a_checkpoint_is_that_of_the_same_weights_in_a_folder(tmp_
         for i, where in enumerate(("compvis/model.safetensors", "folder"))
     ]
     assert made[0].digest == made[1].digest
-
-
-def test_stage_one_refuses_what_it_cannot_train_yet(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="stage 1 trains autoencoders of kind kl so far, got vq"):
-        TrainAutoencoderConfig(root="r", record="c", dataset="d", autoencoder=vq_f4())
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,13 @@
-"""Laws of the losses: diffusion, perceptual, adversarial."""
+"""Laws of the losses: diffusion, perceptual."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 import types
+from dataclasses import replace
+from pathlib import Path
 
 import lpips
 import pytest
@@ -12,17 +15,11 @@ import torch
 import torchvision
 from torch import nn
 
+from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.diffusion.process import Prediction, clean_from, corrupt, target
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
-from ldm.losses.autoencoder import (
-    adaptive_weight,
-    generator_loss,
-    hinge_discriminator_loss,
-    reconstruction_loss,
-    vanilla_discriminator_loss,
-)
+from ldm.losses import perceptual
 from ldm.losses.diffusion import Weighting, loss_weight, per_sample_loss
-from ldm.losses.discriminator import Discriminator
 from ldm.losses.perceptual import PerceptualConfig, PerceptualKind, perceptual_distance
 
 SCHEDULE = Schedule(ScheduleConfig())
@@ -140,6 +137,45 @@ def test_lpips_with_trunk_from_a_file_equals_the_package(tmp_path, kind, net):
     torch.testing.assert_close(ours(image, other), peer(image, other).flatten(), rtol=1e-5, atol=1e-8)
 
 
+def published_trunk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Publish a random trunk as torchvision does: the name of the file ends with the beginning of its sha256."""
+    peer = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    trunk = {f"features.{name.split('.', 1)[1]}": value for name, value in peer.net.state_dict().items()}
+    torch.save(trunk, folder / "trunk.pth")
+    digest = hashlib.sha256((folder / "trunk.pth").read_bytes()).hexdigest()[:8]
+    (folder / "trunk.pth").rename(folder / f"alexnet-{digest}.pth")
+    monkeypatch.setitem(perceptual.TRUNK_URLS, "alex", f"file://{folder}/alexnet-{digest}.pth")
+    monkeypatch.setenv("TORCH_HOME", str(folder / "cache"))
+    return trunk
+
+
+def test_lpips_without_a_path_fetches_the_published_trunk_once(tmp_path, monkeypatch):
+    trunk = published_trunk(tmp_path, monkeypatch)
+    ours = perceptual_distance(PerceptualConfig(kind=PerceptualKind.LPIPS_ALEX))
+    assert torch.equal(ours.trunk.slice1[0].weight, trunk["features.0.weight"])
+    next(tmp_path.glob("alexnet-*.pth")).unlink()
+    again = perceptual_distance(PerceptualConfig(kind=PerceptualKind.LPIPS_ALEX))
+    assert torch.equal(again(*image_pair(1)), ours(*image_pair(1)))
+
+
+def test_lpips_whose_trunk_can_not_be_fetched_or_is_another_file_says_that_a_path_can_be_given(tmp_path, monkeypatch):
+    published_trunk(tmp_path, monkeypatch)
+    published = next(tmp_path.glob("alexnet-*.pth"))
+    content = bytearray(published.read_bytes())
+    content[1000] ^= 1
+    published.write_bytes(content)
+    with pytest.raises(ValueError, match=r"could not be fetched \(invalid hash .*give its path as perceptual.trunk"):
+        perceptual_distance(PerceptualConfig(kind=PerceptualKind.LPIPS_ALEX))
+    published.unlink()
+    with pytest.raises(ValueError, match=r"alexnet-\w+.pth could not be fetched .*give its path as perceptual.trunk"):
+        perceptual_distance(PerceptualConfig(kind=PerceptualKind.LPIPS_ALEX))
+
+
+def test_published_trunks_are_those_of_torchvision():
+    weights = {"alex": torchvision.models.AlexNet_Weights, "vgg": torchvision.models.VGG16_Weights}
+    assert {net: kind.IMAGENET1K_V1.url for net, kind in weights.items()} == perceptual.TRUNK_URLS
+
+
 def test_lpips_with_other_weights_is_refused(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"features.0.weight": torch.zeros(1)}, path)
@@ -150,7 +186,6 @@ def test_lpips_with_other_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"kind": PerceptualKind.LPIPS_VGG}, "needs trunk_weights"),
         ({"kind": PerceptualKind.ST_LPIPS_ALEX, "trunk_weights": "alex.pth"}, "brings its own weights"),
     ],
 )
@@ -204,71 +239,11 @@ def test_no_perceptual_distance_is_zero():
     assert distance(*image_pair()).tolist() == [0.0, 0.0]
 
 
-# --- adversarial
-
-
-@pytest.mark.parametrize("num_layers, count", [(3, 2_765_633), (2, 663_361)])
-def test_discriminator_has_the_published_number_of_parameters(num_layers, count):
-    assert sum(parameter.numel() for parameter in Discriminator(num_layers=num_layers).parameters()) == count
-
-
-@pytest.mark.parametrize("num_layers, patches", [(3, 6), (2, 14)])
-def test_discriminator_judges_overlapping_patches(num_layers, patches):
-    assert Discriminator(8, num_layers)(torch.zeros(2, 3, 64, 64)).shape == (2, 1, patches, patches)
-
-
-def test_discriminator_patch_sees_seventy_pixels():
-    network = Discriminator(4).eval()
-    image = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    network(image)[0, 0, 15, 15].backward()
-    seen = image.grad.abs().sum(dim=(0, 1)) > 0
-    assert (int(seen.any(dim=0).sum()), int(seen.any(dim=1).sum())) == (70, 70)
-
-
-def test_hinge_loss_equals_its_closed_form():
-    real = torch.tensor([2.0, 0.5, -1.0, 1.0]).reshape(1, 1, 2, 2)
-    fake = torch.tensor([-2.0, 0.0, 1.0, -0.5]).reshape(1, 1, 2, 2)
-    # relu(1 - real) = 0, 0.5, 2, 0; relu(1 + fake) = 0, 1, 2, 0.5
-    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(0.5 * (2.5 / 4 + 3.5 / 4))
-    assert generator_loss(fake).item() == pytest.approx(1.5 / 4)
-
-
-def test_vanilla_loss_of_an_undecided_discriminator_is_log_two():
-    undecided = torch.zeros(2, 1, 3, 3, dtype=torch.float64)
-    assert vanilla_discriminator_loss(undecided, undecided).item() == pytest.approx(0.6931471805599453, abs=1e-12)
-
-
-def test_adaptive_weight_of_a_linear_decoder_equals_its_closed_form():
-    seeded = torch.Generator().manual_seed(0)
-    draws = torch.randn(3, 5, 7, generator=seeded, dtype=torch.float64)
-    latent, pull, push = draws
-    layer = nn.Parameter(torch.randn(7, 7, generator=seeded, dtype=torch.float64))
-    decoded = latent @ layer
-    # d/dW sum(G * (Z W)) = Z^T G for any constant G.
-    weight = adaptive_weight((pull * decoded).sum(), (push * decoded).sum(), layer)
-    expected = (latent.T @ pull).norm() / ((latent.T @ push).norm() + 1e-4)
-    assert weight.item() == pytest.approx(expected.item(), rel=1e-12)
-    assert not weight.requires_grad
-
-
-def test_adaptive_weight_balances_the_gradients():
-    layer = nn.Parameter(torch.ones(4, dtype=torch.float64))
-    reconstruction, generator = (layer * 3).sum(), (layer * torch.arange(1, 5)).sum()
-    total = reconstruction + adaptive_weight(reconstruction, generator, layer) * generator
-    total.backward()
-    push = layer.grad - 3
-    assert float(push.norm()) == pytest.approx(float(torch.full((4,), 3.0).norm()), rel=1e-4)
-
-
-def test_adaptive_weight_is_clamped():
-    layer = nn.Parameter(torch.ones(1, dtype=torch.float64))
-    assert adaptive_weight((layer * 1e6).sum(), (layer * 0).sum(), layer).item() == 1e4
-    assert adaptive_weight((layer * 0).sum(), layer.sum(), layer).item() == 0.0
-
-
-def test_reconstruction_loss_is_the_sum_over_pixel_values():
-    image, other = (pixels.double() for pixels in image_pair())
-    distance = torch.tensor([0.25, 0.5], dtype=torch.float64)
-    # The authors add the distance to every pixel value's error and then sum.
-    expected = ((image - other).abs() + 0.7 * distance[:, None, None, None]).flatten(1).sum(dim=1)
-    torch.testing.assert_close(reconstruction_loss(image, other, distance, 0.7), expected, rtol=1e-12, atol=0)
+def test_perceptual_gradient_reaches_every_parameter_of_the_decoder_and_none_of_the_trunk(st_lpips):
+    torch.manual_seed(0)
+    config = AutoencoderConfig(latent_channels=3, base_channels=8, channel_mult=(1, 2), norm_groups=4)
+    decoder = Autoencoder(replace(config, mid_attention=False)).decoder
+    image, _ = image_pair()
+    st_lpips(image, decoder(torch.randn(2, 3, 32, 32))).sum().backward()
+    assert [name for name, weight in decoder.named_parameters() if not float(weight.grad.abs().sum()) > 0] == []
+    assert all(weight.grad is None for weight in st_lpips.parameters())

@@ -155,10 +155,12 @@ def test_vq_autoencoder_encodes_to_unquantised_latents_and_its_decoder_quantises
 
 def test_vq_forward_takes_no_noise_and_reaches_every_parameter_with_its_terms():
     model, image = made(), torch.randn(2, 3, 16, 16)
-    reconstruction, moments = model(image)
-    assert torch.equal(reconstruction, model.decode(moments))
-    terms = model.quantize(moments)
-    loss = reconstruction.square().mean() + (terms.codebook_loss + 0.25 * terms.commitment_loss).mean()
+    found = model(image)
+    assert torch.equal(found.image, model.decode(found.moments))
+    assert found.kl is None
+    terms = found.quantized
+    assert torch.equal(terms.codes, model.quantize.codes(found.moments))
+    loss = found.image.square().mean() + (terms.codebook_loss + 0.25 * terms.commitment_loss).mean()
     loss.backward()
     silent = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
     assert [name for name in silent if "to_k.bias" not in name] == []

@@ -19,13 +19,13 @@ from ldm.evaluation.protocol import EvaluationProtocol
 from ldm.samplers.sample import SamplerConfig
 from ldm.samplers.steppers import StepperKind
 from ldm.storage import join
-from ldm.training.autoencoder_task import ReconstructionConfig
 from ldm.training.diffusion_task import ObjectiveConfig
 from ldm.training.ema import EmaConfig
 from ldm.training.engine import EngineConfig, EngineKind
 from ldm.training.local_launch import LaunchConfig
 from ldm.training.loop import LoopConfig
 from ldm.training.optim import Decay, OptimConfig
+from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.tracking_config import TrackingConfig
 from ldm.unet import zoo as unets
 from pipeline.ingest.transforms import ImageFormat, PictureConfig

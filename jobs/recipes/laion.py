@@ -21,13 +21,13 @@ from ldm.losses.perceptual import PerceptualConfig, PerceptualKind
 from ldm.samplers.sample import SamplerConfig
 from ldm.samplers.steppers import StepperKind
 from ldm.storage import join
-from ldm.training.autoencoder_task import ReconstructionConfig
 from ldm.training.diffusion_task import ObjectiveConfig
 from ldm.training.ema import EmaConfig
 from ldm.training.engine import EngineConfig, EngineKind, Precision
 from ldm.training.local_launch import LaunchConfig
 from ldm.training.loop import LoopConfig
 from ldm.training.optim import OptimConfig
+from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.tracking_config import TrackingConfig
 from ldm.unet import zoo as unets
 from pipeline.ingest.duplicates import DuplicateConfig

@@ -10,14 +10,17 @@ import torch
 
 from jobs.wiring.recording import open_record
 from ldm import storage
+from ldm.autoencoder.codebook import CodebookConfig, CodebookMemory
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.autoencoder.regularizer import Regularizer
 from ldm.config import Config
+from ldm.evaluation.features import feature_network
 from ldm.first_stage import EVALUATION_FILE
 from ldm.interop.diffusers import CONFIG_NAME, save_autoencoder, weights_digest
-from ldm.losses.discriminator import Discriminator
 from ldm.losses.perceptual import perceptual_distance
-from ldm.training.autoencoder_task import AutoencoderTask, ReconstructionConfig
+from ldm.training.adversary import Adversary, build_discriminator, build_memory
+from ldm.training.autoencoder_task import AutoencoderTask
+from ldm.training.autoencoder_validation import AutoencoderValidation, HeldOutImages
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.ema import EmaConfig
 from ldm.training.engine import Engine, EngineConfig, EngineKind
@@ -25,6 +28,7 @@ from ldm.training.engines import build_engine
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import LoopConfig, Progress, Surroundings, train
 from ldm.training.optim import OptimConfig
+from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.state import TrainState
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
@@ -33,6 +37,9 @@ from pipeline.ingest.picture import ResizeMode
 from pipeline.order import check_world
 from pipeline.store.manifest import Manifest, load_manifest
 from pipeline.store.schema import Split
+
+LATENT_STATISTICS_FILE = "latent_statistics.json"
+"""Beside the weights: mean, deviation and scale factor of the held-out split's latents."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +80,8 @@ class TrainAutoencoderConfig(Config):
     """Seed of initial weights and all draws."""
 
     def __post_init__(self) -> None:
-        if self.autoencoder.regularizer is not Regularizer.KL:
-            raise ValueError(f"stage 1 trains autoencoders of kind kl so far, got {self.autoencoder.regularizer.value}")
+        if self.autoencoder.regularizer is Regularizer.KL and self.loss.codebook != CodebookConfig():
+            raise ValueError(f"loss.codebook belongs to vq, got {self.loss.codebook} for kl")
         if self.engine.kind is not EngineKind.LOCAL or self.engine.micro_batch_size:
             raise ValueError("stage 1 trains two networks in turns: engine.kind is local, without micro-batches")
         if self.batch_size % self.num_streams:
@@ -136,20 +143,7 @@ def train_autoencoder_worker(
 ) -> Outcome:
     """Train in one process of the group; the main one records into the MLflow run and publishes the autoencoder."""
     manifest = load_manifest(config.dataset)
-    torch.manual_seed(config.seed)
-    autoencoder = _engine(Autoencoder(config.autoencoder), config, world)
-    judge = Discriminator(config.loss.discriminator_channels, config.loss.discriminator_layers)
-    task = AutoencoderTask(
-        autoencoder=autoencoder,
-        discriminator=_engine(judge, config, world),
-        perceptual=perceptual_distance(config.loss.perceptual).to(world.device),
-        config=config.loss,
-        optim=config.optim,
-        held_out=ImageLoader(manifest, config.loader(Split.VALIDATION), 0, 1),
-        world=world,
-        total_samples=config.loop.total_samples,
-        seed=config.seed,
-    )
+    task = build_task(config, world, ImageLoader(manifest, config.loader(Split.VALIDATION), 0, 1), report)
     around = Surroundings(
         world=world,
         batch_size=config.batch_size,
@@ -162,9 +156,46 @@ def train_autoencoder_worker(
     state = train(task, loader, config.loop, around)
     is_finished = state.samples_seen >= config.loop.total_samples
     if is_finished:
-        _publish(config, manifest, autoencoder, state, world)
+        _publish(config, manifest, task, state)
     world.barrier()
     return {"is_finished": is_finished, **state.to_dict()}
+
+
+def build_task(
+    config: TrainAutoencoderConfig, world: World, held_out: HeldOutImages, report: Callable[[Progress], None]
+) -> AutoencoderTask:
+    """Return the task: networks drawn from the seed, their engines, and what they are measured with."""
+    torch.manual_seed(config.seed)
+    network = Autoencoder(config.autoencoder)
+    quantizer = network.quantize
+    codebook = None if quantizer is None else CodebookMemory(quantizer, config.loss.codebook, config.seed)
+    autoencoder = _engine(network, config, world)
+    adversary = Adversary(
+        engine=_engine(build_discriminator(config.loss, world), config, world),
+        config=config.loss,
+        world=world,
+        memory=build_memory(config.loss, world, lambda notice: report(Progress(done=0, total=0, notice=notice))),
+    )
+    perceptual = perceptual_distance(config.loss.perceptual).to(world.device)
+    features = config.loss.validation_features
+    return AutoencoderTask(
+        autoencoder=autoencoder,
+        adversary=adversary,
+        codebook=None if codebook is None else codebook.to(world.device),
+        perceptual=perceptual,
+        config=config.loss,
+        optim=config.optim,
+        validation=AutoencoderValidation(
+            held_out=held_out,
+            perceptual=perceptual,
+            features=None if features is None else feature_network(features).to(world.device),
+            config=config.loss,
+            world=world,
+        ),
+        world=world,
+        total_samples=config.loop.total_samples,
+        seed=config.seed,
+    )
 
 
 def checkpoint_store(config: TrainAutoencoderConfig, manifest: Manifest, world: World) -> CheckpointStore:
@@ -209,18 +240,20 @@ def _engine(module: torch.nn.Module, config: TrainAutoencoderConfig, world: Worl
     return build_engine(module, config.optim, config.ema, config.engine, world, config.batch_size // world.size)
 
 
-def _publish(
-    config: TrainAutoencoderConfig, manifest: Manifest, engine: Engine, state: TrainState, world: World
-) -> None:
-    """Write the autoencoder; its evaluation comes last and makes it whole."""
-    weights = engine.weights()
-    if not world.is_main:
+def _publish(config: TrainAutoencoderConfig, manifest: Manifest, task: AutoencoderTask, state: TrainState) -> None:
+    """Write the autoencoder and its latents' statistics; its evaluation comes last and makes it whole."""
+    weights = task.autoencoder.weights()
+    statistics = task.latent_statistics()
+    if not task.world.is_main:
         return
     model = Autoencoder(config.autoencoder)
     model.load_state_dict(weights)
     save_autoencoder(model, config.model_folder)
+    digest = weights_digest(model.state_dict(), model.config)
+    latents = {"digest": digest, "dataset": manifest.digest, "split": Split.VALIDATION.value, **statistics.to_dict()}
+    storage.write_text(storage.join(config.model_folder, LATENT_STATISTICS_FILE), json.dumps(latents, indent=1))
     report = {
-        "digest": weights_digest(model.state_dict(), model.config),
+        "digest": digest,
         "dataset": manifest.digest,
         "samples_seen": state.samples_seen,
         **state.last_validation,

@@ -13,14 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldm.autoencoder.blocks import NORM_EPSILON, Downsample, Features, PixelAttention, ResidualBlock, Upsample
-from ldm.autoencoder.quantizer import VectorQuantizer
-from ldm.autoencoder.regularizer import LatentKind, Regularizer, mode, sample
+from ldm.autoencoder.quantizer import Quantized, VectorQuantizer
+from ldm.autoencoder.regularizer import LatentKind, Regularizer, kl_divergence, mode, sample
 from ldm.config import Config, added_later
 from ldm.types import Image, Latent, Moments
 
@@ -245,6 +246,22 @@ class Decoder(nn.Module):
         return image
 
 
+class Reconstruction(NamedTuple):
+    """All that a training needs of one forward pass, so that data-parallel wrappers see every gradient's way.
+
+    Attributes:
+        image: what the decoder makes, not clamped, shape (b, 3, y, x).
+        moments: what the encoder gives, shape (b, m, h, w).
+        kl: KL divergence of each row in sums over elements, shape (b,); None for vq.
+        quantized: the codes and both terms of the codebook's loss; None for kl.
+    """
+
+    image: Image
+    moments: Moments
+    kl: Float[Tensor, " b"] | None
+    quantized: Quantized | None
+
+
 class Autoencoder(nn.Module):
     """Encoder, posterior or codebook, and decoder. Latents here are raw: scaling belongs to `LatentSpace`."""
 
@@ -287,10 +304,14 @@ class Autoencoder(nn.Module):
         image: Tensor = self.decoder(self.post_quant_conv(latent))
         return image
 
-    def forward(self, image: Image, noise: Latent | None = None) -> tuple[Image, Moments]:
-        """Encode, draw from the posterior with the given standard normal noise (vq takes none), decode."""
+    def forward(self, image: Image, noise: Latent | None = None) -> Reconstruction:
+        """Encode, draw from the posterior with the given standard normal noise (vq quantises instead), decode."""
         moments = self.encode(image)
-        return self.decode(sample(moments, noise, self.config.latent_kind)), moments
+        latent = sample(moments, noise, self.config.latent_kind)
+        if self.quantize is None:
+            return Reconstruction(self.decode(latent), moments, kl_divergence(moments), None)
+        quantized = self.quantize(latent)
+        return Reconstruction(self.decode(quantized.latent, is_quantized=True), moments, None, quantized)
 
     def reconstruct(self, image: Image) -> Image:
         """Return what is left of an image behind encoder and decoder, with no noise between; not clamped."""

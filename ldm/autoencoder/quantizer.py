@@ -98,10 +98,19 @@ def code_shares(codes: Int[Tensor, "*_"], num_codes: int) -> Float[Tensor, " cod
 
 def usage(codes: Int[Tensor, "*_"], num_codes: int) -> float:
     """Return the share of the codebook that is used at all."""
-    return float((code_shares(codes, num_codes) > 0).double().mean())
+    return float(usage_of_counts(torch.bincount(codes.flatten(), minlength=num_codes)))
 
 
 def perplexity(codes: Int[Tensor, "*_"], num_codes: int) -> float:
     """Return exp of the entropy of the codes: how many equally frequent codes would carry as much."""
-    shares = code_shares(codes, num_codes)
-    return float(torch.special.entr(shares).sum().exp())
+    return float(perplexity_of_counts(torch.bincount(codes.flatten(), minlength=num_codes)))
+
+
+def usage_of_counts(counts: Int[Tensor, " codes"]) -> Float[Tensor, ""]:
+    """Return the share of the codebook that is used at all, from how often each code is; left on the device."""
+    return (counts > 0).double().mean()
+
+
+def perplexity_of_counts(counts: Int[Tensor, " codes"]) -> Float[Tensor, ""]:
+    """Return exp of the entropy of the codes, from how often each one is used; left on the device."""
+    return torch.special.entr(counts.double() / counts.sum()).sum().exp()

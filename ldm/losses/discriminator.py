@@ -8,9 +8,12 @@ Letters: b batch, y and x pixels, p and q patches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ldm.losses.batch_norm import GlobalBatchNorm
 from ldm.types import Image
 
 KERNEL = 4
@@ -20,9 +23,18 @@ INITIAL_STD = 0.02
 
 
 class Discriminator(nn.Module):
-    """PatchGAN with 2,765,633 parameters for 3 layers of 64 channels, 663,361 for 2 layers."""
+    """PatchGAN with 2,765,633 parameters for 3 layers of 64 channels, 663,361 for 2 layers.
 
-    def __init__(self, base_channels: int = 64, num_layers: int = 3) -> None:
+    Args:
+        base_channels: width of the first layer.
+        num_layers: strided layers.
+        total: differentiable sum over all processes, so that batch norm sees the global batch; None where one process
+            has all of it.
+    """
+
+    def __init__(
+        self, base_channels: int = 64, num_layers: int = 3, total: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         if base_channels < 1 or num_layers < 1:
             raise ValueError(f"a discriminator needs channels and layers, got {base_channels} and {num_layers}")
@@ -33,7 +45,7 @@ class Discriminator(nn.Module):
             # A bias before batch norm would do nothing.
             stages += [
                 nn.Conv2d(widths[level - 1], widths[level], KERNEL, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(widths[level]),
+                nn.BatchNorm2d(widths[level]) if total is None else GlobalBatchNorm(widths[level], total),
                 nn.LeakyReLU(LEAK),
             ]
         stages.append(nn.Conv2d(widths[-1], 1, KERNEL, stride=1, padding=1))

@@ -4,7 +4,8 @@
 
 f and g are the activations of layer l for the image and its reconstruction, w_l >= 0 is calibrated on human judgements.
 Two families of weights: ST-LPIPS (Ghildyal and Liu 2022), whose blurred trunk and heads ship whole in a package; and
-LPIPS, whose heads ship in the package `lpips` and whose trunk is torchvision's classifier file, given by path or URL.
+LPIPS, whose heads ship in the package `lpips` and whose trunk is torchvision's classifier file: given by path or URL,
+or fetched from where torchvision publishes it and kept in torch's cache.
 
 Letters: b batch, c feature channel, h row, w column, l layer.
 """
@@ -36,6 +37,11 @@ ST_WEIGHTS = "weights/vST0.0/alex_shift_tolerant.pth"
 ST_KERNEL = 11
 ST_SMALLEST_SIDE = 21
 NUM_LAYERS = 5
+TRUNK_URLS = {
+    "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
+}
+"""Where torchvision publishes the classifiers; the end of a name is the beginning of its content's sha256."""
 
 
 class PerceptualKind(StrEnum):
@@ -44,9 +50,9 @@ class PerceptualKind(StrEnum):
     ST_LPIPS_ALEX = "st_lpips_alex"
     """Shift-tolerant LPIPS on AlexNet; its weights come with a package."""
     LPIPS_ALEX = "lpips_alex"
-    """LPIPS 0.1 on AlexNet; needs `trunk_weights` (torchvision's alexnet-owt-7be5be79.pth)."""
+    """LPIPS 0.1 on AlexNet, torchvision's alexnet-owt-7be5be79.pth."""
     LPIPS_VGG = "lpips_vgg"
-    """LPIPS 0.1 on VGG-16, the paper's; needs `trunk_weights` (torchvision's vgg16-397923af.pth)."""
+    """LPIPS 0.1 on VGG-16, torchvision's vgg16-397923af.pth; the paper's."""
     NONE = "none"
     """Distance 0: no perceptual term."""
 
@@ -58,13 +64,11 @@ class PerceptualConfig(Config):
     kind: PerceptualKind = PerceptualKind.ST_LPIPS_ALEX
     """Which distance."""
     trunk_weights: str | None = None
-    """Path or URL of torchvision's classifier weights; for the LPIPS kinds only."""
+    """Path or URL of torchvision's classifier weights; for the LPIPS kinds only. None fetches torchvision's own."""
 
     def __post_init__(self) -> None:
-        needs_trunk = self.kind in (PerceptualKind.LPIPS_ALEX, PerceptualKind.LPIPS_VGG)
-        if needs_trunk and self.trunk_weights is None:
-            raise ValueError(f"{self.kind} needs trunk_weights: a path or URL of torchvision's classifier weights")
-        if not needs_trunk and self.trunk_weights is not None:
+        has_trunk = self.kind in (PerceptualKind.LPIPS_ALEX, PerceptualKind.LPIPS_VGG)
+        if not has_trunk and self.trunk_weights is not None:
             raise ValueError(f"{self.kind} brings its own weights, got trunk_weights={self.trunk_weights!r}")
 
 
@@ -82,9 +86,9 @@ def perceptual_distance(config: PerceptualConfig) -> nn.Module:
             heads = [weights[f"lin{layer}.model.1.weight"] for layer in range(NUM_LAYERS)]
             return PerceptualDistance(ShiftTolerantAlexNet(weights), heads)
         case PerceptualKind.LPIPS_ALEX:
-            return _lpips("alex", str(config.trunk_weights))
+            return _lpips("alex", config.trunk_weights)
         case PerceptualKind.LPIPS_VGG:
-            return _lpips("vgg", str(config.trunk_weights))
+            return _lpips("vgg", config.trunk_weights)
         case PerceptualKind.NONE:
             return NoDistance()
 
@@ -231,16 +235,41 @@ def _shift_tolerant_weights() -> dict[str, Tensor]:
     return weights
 
 
-def _lpips(net: str, trunk_weights: str) -> PerceptualDistance:
+def _lpips(net: str, trunk_weights: str | None) -> PerceptualDistance:
     # Imported here because it takes torchvision and torch's compiler with it: 5 s that the default never needs.
     import lpips
 
     network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    given = torch.load(io.BytesIO(storage.read_bytes(trunk_weights)), map_location="cpu", weights_only=True)
+    given = _published_trunk(net) if trunk_weights is None else _trunk_at(trunk_weights)
     # The trunk's `sliceK.I.weight` is torchvision's `features.I.weight`.
     wanted = {name: f"features.{name.split('.', 1)[1]}" for name in network.net.state_dict()}
     missing = sorted(set(wanted.values()) - set(given))
     if missing:
-        raise ValueError(f"{trunk_weights} is not torchvision's {net} classifier: it lacks {', '.join(missing)}")
+        origin = trunk_weights or TRUNK_URLS[net]
+        raise ValueError(f"{origin} is not torchvision's {net} classifier: it lacks {', '.join(missing)}")
     network.net.load_state_dict({name: given[source] for name, source in wanted.items()})
     return PerceptualDistance(network.net, [head.model[-1].weight.detach() for head in network.lins])
+
+
+def _trunk_at(path: str) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = torch.load(io.BytesIO(storage.read_bytes(path)), map_location="cpu", weights_only=True)
+    return weights
+
+
+def _published_trunk(net: str) -> dict[str, Tensor]:
+    """Return torchvision's weights, from torch's cache or fetched into it and checked against the hash in their name.
+
+    Raises:
+        ValueError: if they can't be fetched, saying what to give instead.
+    """
+    url = TRUNK_URLS[net]
+    try:
+        weights: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{url} could not be fetched ({error}): fetch it where there is a way to it and give its path as "
+            "perceptual.trunk_weights, or take st_lpips_alex, whose weights come with a package"
+        ) from error
+    return weights

@@ -1,6 +1,7 @@
 """Stage 1: an autoencoder against a patch discriminator (Rombach et al. 2022, appendix G; Esser et al. 2021).
 
-    autoencoder     L1 + w_p perceptual + w_kl KL + lambda w_d generator        lambda balances the two gradients
+    KL      L1 + w_p perceptual + w_kl KL + lambda w_d generator        lambda balances the two gradients
+    VQ      L1 + w_p perceptual + codebook + beta commitment + lambda w_d generator
     discriminator   hinge(real, fake)
 
 The loss is in means over pixel values. KL is a sum over latent elements divided by the number of pixel values, so that
@@ -14,73 +15,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.autoencoder import regularizer
-from ldm.autoencoder.model import Autoencoder
-from ldm.config import Config
-from ldm.evaluation.scores import psnr, ssim
-from ldm.losses.autoencoder import adaptive_weight, generator_loss, hinge_discriminator_loss
-from ldm.losses.perceptual import PerceptualConfig
+from ldm.autoencoder.codebook import Chosen, CodebookMemory, codebook_loss
+from ldm.autoencoder.model import Autoencoder, Reconstruction
+from ldm.autoencoder.regularizer import Regularizer
+from ldm.evaluation.latent_statistics import LatentStatistics
+from ldm.losses.autoencoder import pixel_loss
 from ldm.randomness import Draw, normal
+from ldm.training.adversary import Adversary, Terms
+from ldm.training.autoencoder_validation import AutoencoderValidation, ImageRows
 from ldm.training.engine import Engine
 from ldm.training.optim import OptimConfig, learning_rate
+from ldm.training.reconstruction_config import ReconstructionConfig
+from ldm.training.saved_state import Resumable, SavedState
 from ldm.training.world import World
-from ldm.types import Image, SampleIndex
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReconstructionConfig(Config):
-    """The terms of the first stage's loss."""
-
-    perceptual: PerceptualConfig = PerceptualConfig()
-    """Which perceptual distance."""
-    perceptual_weight: float = 1.0
-    """Weight of the perceptual distance beside the mean absolute pixel error."""
-    perceptual_rows: int = 0
-    """Rows of each worker's share of a batch that the perceptual distance looks at (it is slow on a CPU); 0 for all."""
-    kl_weight: float = 1e-6
-    """Weight of the KL divergence, in the paper's units (sums over elements)."""
-    adversarial_weight: float = 0.5
-    """Weight of the generator term on top of its adaptive weight; 0 trains without a discriminator."""
-    adversarial_start: int = 50_001
-    """Samples after which the generator term counts and the discriminator starts to learn."""
-    validation_rows: int = 256
-    """Held-out images of a validation."""
-    discriminator_channels: int = 64
-    """Width of the discriminator's first layer."""
-    discriminator_layers: int = 3
-    """Strided layers of the discriminator: 3 judges 70x70 pixel patches, 2 judges 34x34."""
-
-
-class ImageRows(Protocol):
-    """A batch of images and their positions in the training sequence."""
-
-    @property
-    def samples(self) -> SampleIndex:
-        """Positions of the rows."""
-        ...
-
-    @property
-    def images(self) -> Image:
-        """Pixels in [-1, 1]."""
-        ...
-
-
-class HeldOutImages(Protocol):
-    """Held-out images in a fixed order."""
-
-    @property
-    def num_rows(self) -> int:
-        """How many there are."""
-        ...
-
-    def rows(self, start: int, stop: int) -> ImageRows:
-        """Return rows [start, stop)."""
-        ...
+from ldm.types import Image, Latent, SampleIndex
 
 
 @dataclass(kw_only=True)
@@ -89,113 +41,135 @@ class AutoencoderTask:
 
     Attributes:
         autoencoder: the engine around the autoencoder.
-        discriminator: the engine around the discriminator.
+        adversary: the discriminator and its engine.
+        codebook: what the training of a codebook remembers; None for KL.
         perceptual: (image, reconstruction) → distance of each row.
         config: the terms and their weights.
         optim: the learning rate's schedule, for both.
-        held_out: validation images.
+        validation: what is measured of held-out images.
         world: the group of processes.
         total_samples: length of the run, for the learning rate.
         seed: of all draws.
     """
 
     autoencoder: Engine
-    discriminator: Engine
+    adversary: Adversary
+    codebook: CodebookMemory | None
     perceptual: Callable[[Tensor, Tensor], Tensor]
     config: ReconstructionConfig
     optim: OptimConfig
-    held_out: HeldOutImages
+    validation: AutoencoderValidation
     world: World
     total_samples: int
     seed: int
 
     @property
-    def engines(self) -> Mapping[str, Engine]:
-        """Both networks, by name."""
-        return {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
+    def engines(self) -> Mapping[str, Resumable]:
+        """Both networks, by name, and what else a resumed run goes on from."""
+        parts: dict[str, Resumable] = {"autoencoder": self.autoencoder, "discriminator": self.adversary.engine}
+        if self.codebook is not None:
+            parts["codebook"] = SavedState(self.codebook, self.world)
+        if len(self.adversary.memory):
+            parts["adversary"] = SavedState(self.adversary.memory, self.world)
+        return parts
 
-    def step(self, batch: ImageRows, samples_seen: int, num_samples: int) -> dict[str, Tensor | float]:
-        """Update the autoencoder, then the discriminator on what it made; see `Task.step`."""
+    def step(self, batch: ImageRows, samples_seen: int, num_samples: int) -> Terms:
+        """Update the autoencoder, then the discriminator on what it made, then the codebook; see `Task.step`.
+
+        Raises:
+            FloatingPointError: if the batch holds numbers that are not finite, naming the rows.
+        """
+        _refuse_nonfinite(batch, samples_seen)
         images = batch.images.to(self.world.device)
         lr = learning_rate(self.optim, samples_seen, self.total_samples)
         clock = (samples_seen + num_samples, num_samples)
-        terms: dict[str, Tensor | float] = {"learning_rate": lr}
+        terms: Terms = {"learning_rate": lr}
         is_adversarial = self.config.adversarial_weight > 0 and samples_seen >= self.config.adversarial_start
-        made: list[Image] = []
-        loss = partial(self._autoencoder_loss, images, batch.samples, terms, made if is_adversarial else None)
+        passed: list[Reconstruction] = []
+        loss = partial(self._loss, images, batch.samples, terms, passed, is_adversarial=is_adversarial)
         terms["grad_norm"] = self.autoencoder.update([loss], lr, clock)
         if is_adversarial:
-            self.discriminator.update([partial(self._discriminator_loss, images, made[0], terms)], lr, clock)
+            self.adversary.update(images, passed[0].image.detach(), lr, clock, terms)
+        if self.codebook is not None:
+            self._move_codes(self.codebook, passed[0], batch.samples - samples_seen, clock, terms)
         return terms
 
     def validate(self) -> dict[str, float]:
-        """Return PSNR, SSIM and the perceptual distance of held-out reconstructions with the averaged weights."""
-        num_rows = min(self.held_out.num_rows, self.config.validation_rows)
-        rows = range(self.world.rank, num_rows // self.world.size * self.world.size, self.world.size)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        network = self._raw_autoencoder()
-        with self.autoencoder.averaged(), torch.no_grad():
-            for start in range(0, len(rows), 32):
-                images = self._held_out_images(rows[start : start + 32])
-                made = network.reconstruct(images).clamp(-1, 1)
-                shown = self.config.perceptual_rows or len(images)
-                distance = self.perceptual(images[:shown], made[:shown]).mean() * len(images)
-                sums += torch.stack([psnr(images, made).sum(), ssim(images, made).sum(), distance]).double()
-        means = (self.world.mean(sums) / max(1, len(rows))).tolist()
-        return dict(zip(("validation_psnr_db", "validation_ssim", "validation_perceptual"), means, strict=True))
+        """Return the scores of held-out reconstructions with the averaged weights."""
+        with self.autoencoder.averaged():
+            return self.validation.scores(self._raw_autoencoder())
+
+    def latent_statistics(self) -> LatentStatistics:
+        """Return the statistics of the held-out split's latents with the averaged weights."""
+        with self.autoencoder.averaged():
+            return self.validation.latent_statistics(self._raw_autoencoder())
 
     def pictures(self) -> dict[str, Image]:
         """Return held-out images, each beside its reconstruction."""
-        network = self._raw_autoencoder()
-        images = self._held_out_images(range(min(8, self.held_out.num_rows)))
-        with self.autoencoder.averaged(), torch.no_grad():
-            made = network.reconstruct(images)
-        return {"reconstructions": torch.stack([images, made], dim=1).flatten(0, 1)}
+        with self.autoencoder.averaged():
+            return {"reconstructions": self.validation.pictures(self._raw_autoencoder())}
 
-    def _autoencoder_loss(
-        self, images: Image, samples: SampleIndex, terms: dict[str, Tensor | float], judged: list[Image] | None
+    def _loss(
+        self, images: Image, samples: SampleIndex, terms: Terms, passed: list[Reconstruction], *, is_adversarial: bool
     ) -> Tensor:
-        """Return the loss of one batch; under an adversary its reconstructions are left in `judged`."""
+        """Return the loss of one batch and leave what the forward pass gave in `passed`."""
         config, network = self.config, self._raw_autoencoder()
-        shape = (network.config.latent_channels, *(side // network.config.factor for side in images.shape[-2:]))
-        noise = normal(self.seed, Draw.POSTERIOR, samples.tolist(), shape).to(images.device)
-        made, moments = self.autoencoder.wrapped(images, noise)
+        made: Reconstruction = self.autoencoder.wrapped(images, self._noise(images, samples))
+        passed.append(made)
         shown = config.perceptual_rows or len(images)
-        pixel = (images - made).abs().mean()
-        distance = self.perceptual(images[:shown], made[:shown]).mean() if config.perceptual_weight else pixel * 0
+        pixel = pixel_loss(config.pixel_loss, images, made.image)
+        distance = torch.zeros_like(pixel)
+        if config.perceptual_weight:
+            distance = self.perceptual(images[:shown], made.image[:shown]).mean()
         reconstruction = pixel + config.perceptual_weight * distance
-        kl = regularizer.kl_divergence(moments).mean()
-        loss: Tensor = reconstruction + config.kl_weight * kl / images[0].numel()
+        loss: Tensor = reconstruction + self._regularization(made, images[0].numel(), terms)
         terms |= {"loss": loss.detach(), "pixel_loss": pixel.detach(), "perceptual_loss": distance.detach()}
+        if is_adversarial:
+            loss = loss + self.adversary.term(reconstruction, made.image, network.last_layer, terms)
+        return loss
+
+    def _noise(self, images: Image, samples: SampleIndex) -> Latent | None:
+        config = self._raw_autoencoder().config
+        if config.regularizer is Regularizer.VQ:
+            return None
+        shape = (config.latent_channels, *(side // config.factor for side in images.shape[-2:]))
+        return normal(self.seed, Draw.POSTERIOR, samples.tolist(), shape).to(images.device)
+
+    def _regularization(self, made: Reconstruction, pixel_values: int, terms: Terms) -> Tensor:
+        if made.quantized is not None:
+            loss = codebook_loss(self.config.codebook, made.quantized)
+            terms |= {"codebook_loss": loss.detach(), "commitment": made.quantized.commitment_loss.mean().detach()}
+            return loss
+        assert made.kl is not None
+        kl = made.kl.mean()
         terms["kl"] = kl.detach()
-        if judged is not None:
-            judged.append(made.detach())
-            loss = loss + self._adversarial(reconstruction, made, network.last_layer, terms)
-        return loss
+        return self.config.kl_weight * kl / pixel_values
 
-    def _adversarial(
-        self, reconstruction: Tensor, made: Image, last_layer: nn.Parameter, terms: dict[str, Tensor | float]
-    ) -> Tensor:
-        judge = self.discriminator.raw.requires_grad_(False)
-        generator = generator_loss(judge(made))
-        judge.requires_grad_(True)
-        weight = adaptive_weight(reconstruction, generator, last_layer)
-        terms |= {"generator_loss": generator.detach(), "adaptive_weight": weight}
-        weighted: Tensor = self.config.adversarial_weight * weight * generator
-        return weighted
-
-    def _discriminator_loss(self, images: Image, fake: Image, terms: dict[str, Tensor | float]) -> Tensor:
-        # One forward for both halves: a data-parallel wrapper synchronises only what its last forward saw.
-        real_logits, fake_logits = self.discriminator.wrapped(torch.cat([images, fake])).chunk(2)
-        loss = hinge_discriminator_loss(real_logits, fake_logits)
-        terms |= {"discriminator_loss": loss.detach(), "logit_gap": (real_logits.mean() - fake_logits.mean()).detach()}
-        return loss
+    def _move_codes(
+        self,
+        codebook: CodebookMemory,
+        made: Reconstruction,
+        rows: SampleIndex,
+        clock: tuple[int, int],
+        terms: Terms,
+    ) -> None:
+        quantizer = self._raw_autoencoder().quantize
+        assert quantizer is not None
+        assert made.quantized is not None
+        chosen = Chosen(latent=made.moments.detach(), codes=made.quantized.codes, rows=rows)
+        terms |= codebook.update(quantizer, chosen, clock, self.world.total)
 
     def _raw_autoencoder(self) -> Autoencoder:
         network = self.autoencoder.raw
         assert isinstance(network, Autoencoder)
         return network
 
-    def _held_out_images(self, rows: range) -> Image:
-        parts = [self.held_out.rows(row, row + 1).images for row in rows]
-        return torch.cat(parts).to(self.world.device)
+
+def _refuse_nonfinite(batch: ImageRows, samples_seen: int) -> None:
+    """Look at a batch while it is on the CPU, where that costs nothing beside a step."""
+    is_lost = ~batch.images.flatten(1).isfinite().all(dim=1)
+    if bool(is_lost.any()):
+        rows = ", ".join(str(sample) for sample in batch.samples[is_lost].tolist())
+        raise FloatingPointError(
+            f"images are not finite at {samples_seen:,} samples, in the rows at positions {rows}: look at the data"
+        )

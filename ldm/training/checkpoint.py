@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import storage
-from ldm.training.engine import Engine
+from ldm.training.saved_state import Resumable
 from ldm.training.state import TrainState
 from ldm.training.world import World
 
@@ -43,7 +43,7 @@ class CheckpointStore:
         self.damaged: list[str] = []
         self._world = world
 
-    def save(self, engines: Mapping[str, Engine], state: TrainState) -> None:
+    def save(self, engines: Mapping[str, Resumable], state: TrainState) -> None:
         """Publish the state; all processes call it together."""
         name = f"{state.samples_seen:012d}"
         if self._world.any(name == self._latest_saved):
@@ -76,7 +76,7 @@ class CheckpointStore:
                 f"same command again; it goes on from sample {int(last[0]):,}"
             )
 
-    def restore(self, engines: Mapping[str, Engine]) -> TrainState | None:
+    def restore(self, engines: Mapping[str, Resumable]) -> TrainState | None:
         """Load the latest whole checkpoint into the engines; None if there is none.
 
         Raises:

@@ -6,9 +6,8 @@ Everything that happens is a function of samples seen, so a resumed run does wha
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -119,11 +118,11 @@ def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around
         batch = next(batches)
         metrics = task.step(batch, state.samples_seen, around.batch_size)
         state = state.advanced(around.batch_size, window.tick())
-        window.add(metrics)
+        window.add(metrics, state.samples_seen)
         if is_due(config.log_every, state.samples_seen, around.batch_size):
             _log(window, loader, state, config, around)
         if _is_measured(config, state, around.batch_size):
-            _refuse_nonfinite(metrics, state, around.world)
+            _refuse_nonfinite(window, state, around.world)
         state = _do_what_is_due(task, state, config, around)
         window.restart()
         if around.world.any(around.should_stop()):
@@ -155,13 +154,14 @@ def _is_measured(config: LoopConfig, state: TrainState, num_samples: int) -> boo
     return is_last or any(is_due(every, state.samples_seen, num_samples) for every in intervals)
 
 
-def _refuse_nonfinite(metrics: Mapping[str, Tensor | float], state: TrainState, world: World) -> None:
+def _refuse_nonfinite(window: _Window, state: TrainState, world: World) -> None:
     """Stop before a checkpoint keeps a network that is lost; the one before is whole."""
-    lost = [name for name, value in metrics.items() if not math.isfinite(float(value))]
-    if world.any(bool(lost)):
+    first, names = window.first_lost()
+    if world.any(bool(names)):
+        what = f"{', '.join(names)} is not finite" if names else "a metric of another process is not finite"
         raise FloatingPointError(
-            f"{', '.join(lost) or 'a metric of another process'} is not finite at {state.samples_seen:,} samples: "
-            "the last checkpoint is from before; lower optim.lr or look at the data, then start again"
+            f"{what} since {first or state.samples_seen:,} samples: the last checkpoint is from before; "
+            "lower optim.lr or look at the data, then start again"
         )
 
 
@@ -196,6 +196,7 @@ class _Window:
     """Sums between two records; nothing is read back from the device until a record is due."""
 
     def __init__(self, waited_before: float) -> None:
+        self._lost: dict[str, Tensor] = {}
         self.restart()
         self.clear(waited_before)
 
@@ -212,12 +213,22 @@ class _Window:
         """Return the seconds since the last step ended."""
         return time.monotonic() - self._last
 
-    def add(self, metrics: dict[str, Tensor | float]) -> None:
+    def add(self, metrics: dict[str, Tensor | float], samples_seen: int) -> None:
         self.num_steps += 1
         self.seconds += self.tick()
         for name, value in metrics.items():
             detached = value.detach() if isinstance(value, Tensor) else value
             self.sums[name] = self.sums.get(name, 0.0) + detached
+            # Noted on the device, so that the step is known without a step's wait for it.
+            is_lost = ~torch.as_tensor(detached).isfinite()
+            known = self._lost.get(name, torch.zeros_like(is_lost, dtype=torch.int64))
+            self._lost[name] = torch.where(is_lost & (known == 0), samples_seen, known)
+
+    def first_lost(self) -> tuple[int, list[str]]:
+        """Return the end of the first step with metrics that are not finite, 0 if there is none, and their names."""
+        lost = {name: int(seen) for name, seen in self._lost.items() if int(seen)}
+        first = min(lost.values(), default=0)
+        return first, [name for name, seen in lost.items() if seen == first]
 
     def means(self, device: torch.device) -> dict[str, Tensor]:
         return {

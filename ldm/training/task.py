@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from ldm.training.engine import Engine
+from ldm.training.saved_state import Resumable
 from ldm.types import Image
 
 BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
@@ -20,8 +20,8 @@ class Task(Protocol[BatchT_contra]):
     """One thing to train."""
 
     @property
-    def engines(self) -> Mapping[str, Engine]:
-        """Every network that is trained, by name; checkpoints save and restore each."""
+    def engines(self) -> Mapping[str, Resumable]:
+        """Every network that is trained, by name, and other state to resume; checkpoints save and restore each."""
         ...
 
     def step(self, batch: BatchT_contra, samples_seen: int, num_samples: int) -> dict[str, Tensor | float]:

@@ -40,9 +40,19 @@ class World:
         """Return the mean of `values` over all processes; the same on each."""
         if self.size == 1:
             return values
-        total = values.detach().clone()
+        total = values.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total / self.size
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` over all processes, the same on each.
+
+        Gradients flow back from every process's use of the sum, as often as they are taken.
+        """
+        if self.size == 1:
+            return values
+        total: Tensor = _Total.apply(values)
+        return total
 
     def any(self, flag: bool) -> bool:
         """Say whether the flag is up on at least one process; the same answer on each."""
@@ -59,6 +69,21 @@ class World:
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
+
+
+class _Total(torch.autograd.Function):
+    """Sum over processes; its gradient is the sum of their gradients (torch's own is deprecated and has no heir)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total: Tensor = _Total.apply(gradients[0])
+        return total
 
 
 @contextmanager
