@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from jobs.command_line import from_command_line
-from jobs.recipes import PRECOMPUTE_LATENTS, TRAIN_LDM
+from jobs.recipes import PRECOMPUTE_LATENTS, TRAIN_AUTOENCODER, TRAIN_LDM, paper
 from jobs.recipes.paper import MODELS
+from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import TrainLdmConfig, num_parameters
 from ldm.autoencoder import zoo as autoencoders
 from ldm.conditioning.conditioner import TextUse
@@ -59,6 +60,15 @@ def test_recipe_fits_its_first_stage_and_has_the_papers_parameters(name):
     check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
     assert config.ema.half_life_samples == pytest.approx(6931 * config.batch_size, rel=1e-3)
     assert TrainLdmConfig.from_yaml(config.to_yaml()) == config
+
+
+@pytest.mark.parametrize("name", paper.FIRST_STAGES)
+def test_first_stage_of_the_paper_learns_at_its_rate_and_keeps_its_checkpoints_whole(name):
+    config = TRAIN_AUTOENCODER[name]("home")
+    assert config.autoencoder == getattr(autoencoders, name)()
+    assert config.optim.lr == pytest.approx(4.5e-6 * config.batch_size)
+    assert config.loss.adversarial_start % config.batch_size == 0  # the paper's counts are steps of the autoencoder
+    assert TrainAutoencoderConfig.from_yaml(config.to_yaml()) == config
 
 
 def test_recipe_of_the_paper_is_changed_field_by_field_on_the_command_line():

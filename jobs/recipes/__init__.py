@@ -25,6 +25,7 @@ TRAIN_AUTOENCODER: dict[str, Callable[[str], TrainAutoencoderConfig]] = {
     "emoji": emoji.train_autoencoder,
     "folder": folder.train_autoencoder,
     "laion": laion.train_autoencoder,
+    **paper.TRAIN_AUTOENCODER,
 }
 PRECOMPUTE_LATENTS: dict[str, Callable[[str], PrecomputeLatentsConfig]] = {
     "emoji": emoji.precompute_latents,

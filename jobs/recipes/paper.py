@@ -16,12 +16,17 @@ from functools import partial
 
 from jobs.command_line import kept_here
 from jobs.wiring.precompute_latents import PrecomputeLatentsConfig
+from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import TrainLdmConfig
+from ldm.autoencoder import zoo as autoencoders
+from ldm.autoencoder.codebook import CodebookConfig, CommitmentForm
+from ldm.autoencoder.model import AutoencoderConfig
 from ldm.conditioning.conditioner import LAYOUT_TRANSFORMER, ConditioningConfig, TextUse
 from ldm.conditioning.text import TextEncoderConfig, TextEncoderKind
 from ldm.conditioning.transformer import TokenTransformerConfig
 from ldm.diffusion.schedule import ScheduleConfig
 from ldm.losses.diffusion import ErrorNorm
+from ldm.losses.perceptual import PerceptualConfig, PerceptualKind
 from ldm.storage import join
 from ldm.training.diffusion_task import ObjectiveConfig
 from ldm.training.ema import EmaConfig
@@ -29,6 +34,7 @@ from ldm.training.engine import EngineConfig, EngineKind, Precision
 from ldm.training.local_launch import LaunchConfig
 from ldm.training.loop import LoopConfig
 from ldm.training.optim import OptimConfig
+from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.unet import zoo
 from ldm.unet.model import UNetConfig
 from pipeline.latent_config import ColumnsConfig, Degradation, TextStorage
@@ -233,6 +239,129 @@ def train_ldm(name: str, home: str) -> TrainLdmConfig:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaperFirstStage:
+    """One row of the paper's table of autoencoders.
+
+    Attributes:
+        autoencoder: the network.
+        batch_size: images of a batch; the learning rate is 4.5e-6 for each of them.
+        adversarial_start: steps after which the discriminator counts.
+        adversarial_weight: weight of the generator term on top of its adaptive weight.
+        discriminator_layers: its strided layers.
+        steps: length of the training.
+    """
+
+    autoencoder: Callable[[], AutoencoderConfig]
+    batch_size: int
+    adversarial_start: int
+    adversarial_weight: float
+    steps: int
+    discriminator_layers: int = 3
+
+
+FIRST_STAGES: dict[str, PaperFirstStage] = {
+    "kl_f4": PaperFirstStage(
+        autoencoder=autoencoders.kl_f4,
+        batch_size=10,
+        adversarial_start=50_001,
+        adversarial_weight=0.5,
+        steps=176_991,
+    ),
+    "kl_f8": PaperFirstStage(
+        autoencoder=autoencoders.kl_f8,
+        batch_size=4,
+        adversarial_start=50_001,
+        adversarial_weight=0.5,
+        steps=246_803,
+    ),
+    "kl_f16": PaperFirstStage(
+        autoencoder=autoencoders.kl_f16,
+        batch_size=6,
+        adversarial_start=50_001,
+        adversarial_weight=0.5,
+        steps=442_998,
+    ),
+    "kl_f32": PaperFirstStage(
+        autoencoder=autoencoders.kl_f32,
+        batch_size=6,
+        adversarial_start=50_001,
+        adversarial_weight=0.5,
+        steps=406_763,
+    ),
+    "vq_f4": PaperFirstStage(
+        autoencoder=autoencoders.vq_f4, batch_size=8, adversarial_start=0, adversarial_weight=0.75, steps=533_066
+    ),
+    "vq_f4_noattn": PaperFirstStage(
+        autoencoder=autoencoders.vq_f4_noattn,
+        batch_size=8,
+        adversarial_start=11,
+        adversarial_weight=0.75,
+        steps=658_131,
+    ),
+    "vq_f8": PaperFirstStage(
+        autoencoder=autoencoders.vq_f8,
+        batch_size=10,
+        adversarial_start=1,
+        adversarial_weight=0.6,
+        steps=971_043,
+        discriminator_layers=2,
+    ),
+    "vq_f8_n256": PaperFirstStage(
+        autoencoder=autoencoders.vq_f8_n256,
+        batch_size=10,
+        adversarial_start=250_001,
+        adversarial_weight=0.75,
+        steps=1_608_649,
+    ),
+    "vq_f16": PaperFirstStage(
+        autoencoder=autoencoders.vq_f16,
+        batch_size=14,
+        adversarial_start=250_001,
+        adversarial_weight=0.75,
+        steps=1_101_166,
+        discriminator_layers=2,
+    ),
+}
+
+
+def train_autoencoder(name: str, home: str) -> TrainAutoencoderConfig:
+    """An autoencoder of the paper on pictures of 256 px, one GPU; more GPUs take a larger --batch-size."""
+    stage = FIRST_STAGES[name]
+    batch = stage.batch_size
+    return TrainAutoencoderConfig(
+        root=join(home, "autoencoder"),
+        record=join(kept_here(home), "records", "autoencoder"),
+        dataset=join(home, "dataset"),
+        autoencoder=stage.autoencoder(),
+        loss=ReconstructionConfig(
+            perceptual=PerceptualConfig(kind=PerceptualKind.LPIPS_VGG),
+            adversarial_weight=stage.adversarial_weight,
+            adversarial_start=stage.adversarial_start * batch,
+            discriminator_layers=stage.discriminator_layers,
+            validation_rows=2_048,
+            codebook=CodebookConfig(form=CommitmentForm.LEGACY) if name.startswith("vq") else CodebookConfig(),
+        ),
+        optim=OptimConfig(lr=4.5e-6 * batch, beta1=0.5, beta2=0.9, weight_decay=0.0, clip_grad_norm=0.0),
+        ema=EmaConfig(half_life_samples=0),
+        engine=EngineConfig(precision=Precision.FP32),
+        loop=LoopConfig(
+            total_samples=stage.steps * batch,
+            log_every=100 * batch,
+            validate_every=10_000 * batch,
+            picture_every=10_000 * batch,
+            checkpoint_every=5_000 * batch,
+        ),
+        launch=LaunchConfig(num_workers=1, cpus_per_worker=8, gpus_per_worker=1, max_failures=20),
+        batch_size=batch,
+        num_streams=math.gcd(batch, 8),
+        cache_folder="/tmp/ldm-cache",
+    )
+
+
+TRAIN_AUTOENCODER: dict[str, Callable[[str], TrainAutoencoderConfig]] = {
+    name: partial(train_autoencoder, name) for name in FIRST_STAGES
+}
 PRECOMPUTE_LATENTS: dict[str, Callable[[str], PrecomputeLatentsConfig]] = {
     name: partial(precompute_latents, name) for name in MODELS
 }
