@@ -167,7 +167,7 @@ def test_middle_attention_is_all_that_its_switch_removes():
     assert {name.split(".attentions.0.")[0] for name in names} == {"encoder.mid_block", "decoder.mid_block"}
 
 
-@pytest.mark.parametrize("channels, height, width", [(1, 1, 1), (3, 4, 4), (5, 3, 7)])
+@pytest.mark.parametrize("channels, height, width", [(1, 1, 1), (3, 4, 4), (5, 3, 7), (256, 2, 3)])
 def test_doubling_convolution_equals_doubling_then_convolving(channels, height, width):
     torch.manual_seed(0)
     layer = DoublingConv(channels).double()

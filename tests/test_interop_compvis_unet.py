@@ -269,6 +269,82 @@ def test_network_that_the_layout_cannot_be_is_refused(change, message, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+_FACES = {"in_channels": 3, "out_channels": 3, "num_res_blocks": 2, "channel_mult": [1, 2, 3, 4]}
+RELEASED: dict[str, dict[str, Any]] = {
+    "celebahq_ldm_vq_4": {
+        **_FACES,
+        "model_channels": 224,
+        "attention_resolutions": [8, 4, 2],
+        "num_head_channels": 32,
+    },
+    "lsun_churches_ldm_kl_8": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 192,
+        "attention_resolutions": [1, 2, 4, 8],
+        "num_res_blocks": 2,
+        "channel_mult": [1, 2, 2, 4, 4],
+        "num_heads": 8,
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+    },
+    "semantic_synthesis256": {
+        **_FACES,
+        "in_channels": 6,
+        "model_channels": 128,
+        "attention_resolutions": [32, 16, 8],
+        "channel_mult": [1, 4, 8],
+        "num_heads": 8,
+    },
+    "bsr_sr": {
+        **_FACES,
+        "in_channels": 6,
+        "model_channels": 160,
+        "attention_resolutions": [16, 8],
+        "channel_mult": [1, 2, 2, 4],
+        "num_head_channels": 32,
+    },
+    "inpainting_big": {
+        **_FACES,
+        "in_channels": 7,
+        "model_channels": 256,
+        "attention_resolutions": [8, 4, 2],
+        "num_heads": 8,
+        "resblock_updown": True,
+    },
+    "layout2img_openimages256": {
+        **_FACES,
+        "model_channels": 128,
+        "attention_resolutions": [8, 4, 2],
+        "num_head_channels": 32,
+        "use_spatial_transformer": True,
+        "transformer_depth": 3,
+        "context_dim": 512,
+    },
+    "sdxl": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "attention_resolutions": [4, 2],
+        "num_res_blocks": 2,
+        "channel_mult": [1, 2, 4],
+        "num_head_channels": 64,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": True,
+        "transformer_depth": [1, 2, 10],
+        "context_dim": 2048,
+        "num_classes": "sequential",
+        "adm_in_channels": 2816,
+        "spatial_transformer_attn_type": "softmax-xformers",
+    },
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_parameters_mean_the_named_network(name):
+    assert compvis_unet_config.config_of_params(RELEASED[name], name) == getattr(zoo, name)()
+
+
 def test_forms_of_the_yaml_are_those_of_ours():
     theirs = CompVisUNet(**KINDS["churches"])
     config = compvis_unet_config.config_of_params(compvis_unet_config.params_of_yaml(theirs.yaml(), "x"), "x")

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 NORM_EPSILON = 1e-6
+WIDE = 256
+"""Channels from which a kernel outgrows the caches: with fewer pixels than channels, making it is most of the work."""
 
 Features = Float[Tensor, "b c h w"]
 
@@ -71,7 +73,8 @@ class DoublingConv(nn.Conv2d):
     """A 3x3 convolution of the nearest-neighbour doubling of its input, as one transposed 4x4 convolution.
 
     Doubling is itself a transposed convolution by a 2x2 block of ones, and two convolutions in a row are one by the
-    convolved kernels: 16 products an input pixel and channel pair instead of 36, and no doubled input in memory.
+    convolved kernels: 16 products an input pixel and channel pair instead of 36, and no doubled input in memory. Making
+    that kernel takes longer than it saves where it is wide and the pixels are few.
     """
 
     def __init__(self, channels: int) -> None:
@@ -79,6 +82,9 @@ class DoublingConv(nn.Conv2d):
 
     def forward(self, input: Features) -> Float[Tensor, "b c h2 w2"]:
         """Return features of twice the sides."""
+        if WIDE <= self.in_channels > input.numel() // self.in_channels:
+            doubled = F.interpolate(input, scale_factor=2.0, mode="nearest")
+            return F.conv2d(doubled, self.weight, self.bias, padding=1)
         flipped = self.weight.flip(2, 3).transpose(0, 1)
         wide = F.pad(flipped, (0, 1)) + F.pad(flipped, (1, 0))
         kernel = F.pad(wide, (0, 0, 0, 1)) + F.pad(wide, (0, 0, 1, 0))
