@@ -213,6 +213,7 @@ def _theirs(places: Mapping[str, str], module: str) -> str:
     """Return that layout's name of one of our modules: the place of its block and its own name there."""
     block = module
     while block not in places:
+        assert block, f"{module} is no module of ours"
         block = block.rpartition(".")[0]
     own = module[len(block) + 1 :]
     if not own:

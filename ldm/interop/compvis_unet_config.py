@@ -163,13 +163,23 @@ def config_of_shapes(shapes: Shapes, origin: str) -> UNetConfig:
     Raises:
         ValueError: if they show none, or leave open how many heads it has, naming `origin`.
     """
+    shown = fields_of_shapes(shapes, origin)
+    return UNetConfig(**shown, **_known_heads(shown, origin))
+
+
+def fields_of_shapes(shapes: Shapes, origin: str) -> dict[str, Any]:
+    """Return all fields of a config that tensors show, which is all but the heads.
+
+    Raises:
+        ValueError: if they are those of no UNet, naming `origin`.
+    """
     try:
-        return _config_of_shapes(shapes, origin)
+        return _fields_of_shapes(shapes, origin)
     except (KeyError, IndexError) as error:
         raise ValueError(f"{origin} has no YAML beside it, and its tensors show no UNet: {error}") from error
 
 
-def _config_of_shapes(shapes: Shapes, origin: str) -> UNetConfig:
+def _fields_of_shapes(shapes: Shapes, origin: str) -> dict[str, Any]:
     base, in_channels = shapes["input_blocks.0.0.weight"][0], shapes["input_blocks.0.0.weight"][1]
     num_blocks, num_levels = _blocks_and_levels(shapes)
     firsts = [1 + level * (num_blocks + 1) for level in range(num_levels)]
@@ -179,25 +189,22 @@ def _config_of_shapes(shapes: Shapes, origin: str) -> UNetConfig:
     is_plain = "middle_block.1.qkv.weight" in shapes
     is_residual = num_levels > 1 and f"input_blocks.{firsts[1] - 1}.0.op.weight" not in shapes
     label = shapes.get("label_emb.0.0.weight")
-    own = _PLAIN_OWN if is_plain else _transformers_of_shapes(shapes, firsts)
-    return UNetConfig(
-        in_channels=in_channels,
-        out_channels=shapes["out.2.weight"][0],
-        base_channels=base,
-        channel_mult=tuple(width // base for width in widths),
-        num_res_blocks=num_blocks,
-        attention_factors=tuple(
+    is_film = shapes["middle_block.0.emb_layers.1.bias"][0] == 2 * widths[-1]
+    return {
+        "in_channels": in_channels,
+        "out_channels": shapes["out.2.weight"][0],
+        "base_channels": base,
+        "channel_mult": tuple(width // base for width in widths),
+        "num_res_blocks": num_blocks,
+        "attention_factors": tuple(
             1 << level for level, first in enumerate(firsts) if f"input_blocks.{first}.1.norm.weight" in shapes
         ),
-        norm_groups=NORM_GROUPS,
-        time_form=(
-            TimeForm.SCALE_SHIFT if shapes["middle_block.0.emb_layers.1.bias"][0] == 2 * widths[-1] else TimeForm.SHIFT
-        ),
-        resampling=Resampling.RESIDUAL if is_residual else Resampling.CONVOLUTION,
-        **own,
-        **_heads_of_shapes(base, own, origin),
+        "norm_groups": NORM_GROUPS,
+        "time_form": TimeForm.SCALE_SHIFT if is_film else TimeForm.SHIFT,
+        "resampling": Resampling.RESIDUAL if is_residual else Resampling.CONVOLUTION,
+        **(_PLAIN_OWN if is_plain else _transformers_of_shapes(shapes, firsts)),
         **_pooled_of(None if label is None else label[1], origin),
-    )
+    }
 
 
 _PLAIN_OWN: dict[str, Any] = {"context_width": None}
@@ -235,11 +242,11 @@ def _one_or_each(depths: tuple[int, ...]) -> int | tuple[int, ...]:
     return used.pop() if len(used) == 1 else depths
 
 
-def _heads_of_shapes(base: int, own: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def _known_heads(shown: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Return the heads of the families whose number of heads is known, since tensors are the same for any number."""
-    if own.get("projections") is ProjectionForm.LINEAR:
+    if shown.get("projections") is ProjectionForm.LINEAR:
         return {"head_channels": STABILITY_HEAD_CHANNELS}
-    if base == STABILITY_BASE_CHANNELS and own["context_width"] in STABILITY_CONTEXT_WIDTHS:
+    if shown["base_channels"] == STABILITY_BASE_CHANNELS and shown["context_width"] in STABILITY_CONTEXT_WIDTHS:
         return {"num_heads": STABILITY_NUM_HEADS}
     raise ValueError(
         f"{origin} has no YAML beside it, and its tensors don't show how many heads attend: give the YAML that it was "
