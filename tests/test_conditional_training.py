@@ -18,6 +18,7 @@ from PIL import Image
 
 from jobs.wiring.train_ldm import TrainLdmConfig, check_inputs, num_parameters, row_conditions
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
+from ldm.conditioning.text import TextEncoderConfig, TextEncoderKind
 from ldm.conditioning.transformer import TokenTransformerConfig
 from ldm.denoiser import build_denoiser, denoiser_digests, load_denoiser, save_denoiser, unet_config
 from ldm.diffusion.process import Prediction
@@ -36,6 +37,7 @@ from pipeline.store.manifest import ShardRecord, claim_root, commit_shard, load_
 from pipeline.store.schema import Row, Split, key_of
 from pipeline.store.shards import write_shard
 from tests.tiny_latents import carry_out, latents_config, write_autoencoder
+from tests.tiny_text import BIG_WIDTH, CLIP_WIDTH, PROJECTED_WIDTH, encoder_config, write_sdxl
 from tests.tiny_training import run, stopping_after, tiny_config
 
 SIDE = 16
@@ -60,6 +62,7 @@ TOLD = {
     "map": replace(NO_TEXT, map_classes=2, map_channels=2),
     "small image": replace(NO_TEXT, has_low_res=True),
     "masked image": replace(NO_TEXT, has_masked_image=True),
+    "sizes and vector": ConditioningConfig(has_sizes=True),
     "hybrid": ConditioningConfig(num_classes=3, map_classes=2, map_channels=1, has_masked_image=True, map_dropout=0.1),
 }
 
@@ -118,19 +121,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     carry_out(plan_latents(latents_config(home, columns=COLUMNS, image_size=SIDE)))
     online = latents_config(home, root=str(home / "tokens"), text_storage=TextStorage.ONLINE, image_size=SIDE)
     carry_out(plan_latents(online))
+    write_sdxl(home / "sdxl")
+    both = latents_config(home, root=str(home / "vectors"), text=towers(home), image_size=SIDE)
+    carry_out(plan_latents(both))
     return home
+
+
+def towers(home: Path) -> TextEncoderConfig:
+    return encoder_config(TextEncoderKind.SDXL, home / "sdxl")
 
 
 def training(folder: Path, name: str, total_samples: int) -> TrainLdmConfig:
     """Return a training that is told one thing."""
     told = TOLD[name]
     tiny = tiny_config(folder, name.replace(" ", "-"), total_samples)
-    channels = 2 + told.spatial_channels(latent_channels=2)
+    unet = replace(tiny.unet, in_channels=2 + told.spatial_channels(latent_channels=2))
+    if told.has_sizes:
+        width = CLIP_WIDTH + BIG_WIDTH
+        return replace(
+            training(folder, "hybrid", total_samples),
+            root=str(folder / "sizes"),
+            latents=str(folder / "vectors"),
+            text=towers(folder),
+            unet=replace(unet, context_width=width, pooled_width=PROJECTED_WIDTH, size_width=16),
+            conditioning=told,
+        )
     context_width = 384 if told.text is TextUse.FROZEN else 32
     return replace(
         tiny,
         latents=str(folder / ("tokens" if told.text is TextUse.TRAINED else "latents")),
-        unet=replace(tiny.unet, in_channels=channels, context_width=context_width if told.has_states else None),
+        unet=replace(unet, context_width=context_width if told.has_states else None),
         conditioning=told,
         objective=ObjectiveConfig(prediction=Prediction.CLEAN),  # under much noise only what is told can say it
         optim=replace(tiny.optim, lr=4e-3),
