@@ -3,7 +3,7 @@
     size (b, 2) float32, height and width of the upright original;  crop (b, 4) float32, top, left, height, width in it;
     class_id (b,) int64, -1 for none;
     boxes (b, n, 5) float32, class, left, top, right, bottom in shares of the crop, filled up with class -1;
-    semantic_map (b, y, x) int64;  low_res (b, 3, y, x) float32 in [-1, 1];
+    semantic_map (b, y, x) int64, -1 for none;  low_res (b, 3, y, x) float32 in [-1, 1];
     masked_moments (b, m, h, w) float32, of the image whose masked part is grey;  mask (b, 1, h, w) float32, 1 there.
 
 Letters: b batch, m moment channel, h latent row, w latent column, y pixel row, x pixel column, n box.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.latent_columns import NO_CLASS
 from pipeline.latent_shard import LatentShard
+from pipeline.store.schema import NO_CLASS_PIXEL
 
 Columns = dict[str, NDArray[Any]]
 Places = Int64[np.ndarray, " r"]
@@ -73,7 +74,8 @@ def gathered_columns(shard: LatentShard, rows: Int64[np.ndarray, " b"], draws: C
     if facts.boxes is not None:
         found["boxes"] = _boxes(shard, rows, draws, max_boxes)
     if shard.maps is not None:
-        found["semantic_map"] = _mirrored(shard.maps.pick(rows, draws.crops), flipped).astype(np.int64)
+        numbers = _mirrored(shard.maps.pick(rows, draws.crops), flipped).astype(np.int64)
+        found["semantic_map"] = np.where(numbers == NO_CLASS_PIXEL, NO_CLASS, numbers)
     if shard.low_res is not None:
         pixels = _mirrored(shard.low_res.pick(rows, draws.crops), flipped)
         found["low_res"] = pixels.astype(np.float32) / 127.5 - 1.0

@@ -94,7 +94,8 @@ class ColumnsConfig(Config):
     box_classes: tuple[str, ...] = ()
     """Names of the classes of boxes, in the order of their numbers; none where they are numbers."""
     map_member: str = ""
-    """Member of the dataset's tars that is a semantic map: a PNG as large as its picture, a class number a pixel."""
+    """Member of the dataset's tars that is a semantic map: a PNG as large as its picture, a class number a pixel, 255
+    for none; `map.png` where the dataset was made with source.map_suffix."""
     low_res_factor: int = 0
     """So many times smaller a picture is stored with each crop, for super-resolution; 0 stores none."""
     degradation: Degradation = added_later(Degradation.BICUBIC)

@@ -33,6 +33,8 @@ PICTURE_REASONS: dict[str, str] = {
     "svg_refers_outside": "a vector drawing that takes in other files, pictures or entities",
     "svg_too_long": "a vector drawing more than eight times as long as it is wide",
     "svg_too_complex": "a vector drawing that takes more time, memory or depth than one drawing may",
+    "no_map": "no semantic map beside the picture, where the source says that there are some",
+    "bad_map": "a semantic map that is no eight-bit PNG of its picture's upright size",
 }
 """Every reason of a refused picture, with what it means."""
 

@@ -1,7 +1,7 @@
 """One source row → the members of one row of a tar, or the reason why not, and its ledger line either way.
 
 Order: captions scrubbed → filters on captions and listed columns → (bytes fetched) → header measured → filters on what
-was measured → picture → fingerprints → members `jpg|png|webp`, `txt`, `json`.
+was measured → picture → its map → fingerprints → members `jpg|png|webp`, `txt`, `json`, `map.png`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pipeline.ingest.captions import scrub
 from pipeline.ingest.config import DatasetConfig
 from pipeline.ingest.filters import kept_captions, reject_before_fetch, reject_measured
 from pipeline.ingest.fingerprints import perceptual_hash, pixel_sha256
+from pipeline.ingest.semantic_map import MAP_MEMBER, placed_map
 from pipeline.ingest.transforms import Measured, Picture, measure, render, thumbnail
 from pipeline.sources.source import BROKEN
 from pipeline.store.ledger import LedgerLine
@@ -90,6 +91,10 @@ def outcome_of(candidate: Candidate, payload: bytes | Reject, config: DatasetCon
     picture = render(payload, measured, config.picture)
     if isinstance(picture, Reject):
         return Outcome(rejected(line, picture))
+    semantic_map = candidate.row.semantic_map
+    placed = None if semantic_map is None else placed_map(semantic_map, measured, config.picture)
+    if isinstance(placed, Reject):
+        return Outcome(rejected(line, placed))
     line = replace(
         line,
         original_width=picture.original_width,
@@ -97,7 +102,8 @@ def outcome_of(candidate: Candidate, payload: bytes | Reject, config: DatasetCon
         pixel_sha256=pixel_sha256(picture.pixels),
         perceptual_hash=perceptual_hash(picture.pixels),
     )
-    return Outcome(line, members=_members(candidate, line, picture))
+    members = _members(candidate, line, picture)
+    return Outcome(line, members=members if placed is None else members | {MAP_MEMBER: placed})
 
 
 def rejected(line: LedgerLine, reject: Reject) -> LedgerLine:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ldm.config import Config, digest_of
+from ldm.config import Config, added_later, digest_of
 from ldm.storage import exists
 from pipeline.sources.files import Place, list_folder, read_at_most
 from pipeline.sources.listing import Both, Listing, check_shard
@@ -47,6 +47,9 @@ class FolderConfig(Config):
     as attributes."""
     max_bytes: int = 1 << 28
     """Longest image that is read."""
+    map_suffix: str = added_later("")
+    """What follows a picture's name in that of its semantic map, an eight-bit PNG, a class a pixel: `_map.png` for
+    `a/b_map.png` beside `a/b.jpg`. Empty for none."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no dataset."""
@@ -55,6 +58,8 @@ class FolderConfig(Config):
         check_share(self.holdout_share)
         if any(not suffix.startswith(".") or suffix != suffix.lower() for suffix in self.suffixes):
             raise ValueError(f"suffixes must begin with a dot and be in small letters, got {self.suffixes}")
+        if self.map_suffix and (not self.map_suffix.endswith(".png") or self.map_suffix in self.suffixes):
+            raise ValueError(f"map_suffix is a name's own end, such as _map.png, got {self.map_suffix!r}")
 
     def build(self) -> FolderSource:
         """Return the source.
@@ -174,7 +179,21 @@ class FolderSource:
         payload, problem = (None, entry.problem) if entry.problem else self._payload(entry.name)
         named = {"name": text_of(entry.name)} if entry.name else {"file": text_of(entry.mentions[0][0])}
         attributes |= named | ({BROKEN: text_of(problem)} if problem else {})
-        return SourceRow(key=entry.key, captions=captions_of(texts), payload=payload, attributes=attributes)
+        return SourceRow(
+            key=entry.key,
+            captions=captions_of(texts),
+            payload=payload,
+            attributes=attributes,
+            semantic_map=self._map(entry) if self.config.map_suffix and entry.name else None,
+        )
+
+    def _map(self, entry: _Entry) -> bytes:
+        """Return the bytes of a row's map, or none where it can't be read."""
+        place = Place(folder=self.config.folder, name=_stem(entry.name) + self.config.map_suffix)
+        try:
+            return read_at_most(place, self.config.max_bytes) or b""
+        except (FileNotFoundError, PermissionError):
+            return b""
 
     def _is_text(self, column: str) -> bool:
         return column in self.config.caption_columns or column == self.config.name_column
@@ -217,8 +236,11 @@ class _Found:
 def _look_through(config: FolderConfig) -> _Found:
     """List a folder once and match images, sidecars and metadata rows."""
     sizes = {file.name: file.num_bytes for file in list_folder(config.folder)}
+    names = (name for name in sizes if not config.map_suffix or not name.endswith(config.map_suffix))
     images = {
-        name: _with_sidecars(name, sizes) for name in sizes if os.path.splitext(name)[1].lower() in config.suffixes
+        name: _with_sidecars(name, sizes, config.map_suffix)
+        for name in names
+        if os.path.splitext(name)[1].lower() in config.suffixes
     }
     metadata = {name: size for name, size in sizes.items() if name.rpartition("/")[2] in METADATA_NAMES}
     strangers: list[_Entry] = []
@@ -233,9 +255,11 @@ def _look_through(config: FolderConfig) -> _Found:
     return _Found(entries=[*images.values(), *strangers], sizes_of_metadata=metadata)
 
 
-def _with_sidecars(image: str, sizes: Mapping[str, int | None]) -> _Entry:
+def _with_sidecars(image: str, sizes: Mapping[str, int | None], map_suffix: str) -> _Entry:
     there = tuple(number for number, suffix in enumerate(SIDECARS) if _stem(image) + suffix in sizes)
     num_bytes = (sizes[image], *(sizes[_stem(image) + SIDECARS[number]] for number in there))
+    if map_suffix:
+        num_bytes += (sizes.get(_stem(image) + map_suffix),)
     problem = "can't be read: a link that leads nowhere" if sizes[image] is None else ""
     return _Entry(name=image, num_bytes=num_bytes, sidecars=there, problem=problem)
 

@@ -34,6 +34,10 @@ class Split(StrEnum):
     VALIDATION = "validation"
 
 
+NO_CLASS_PIXEL = 255
+"""What a semantic map says of a pixel of no class."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRow:
     """One image with its texts as a source offers it, before anything was fetched or decoded.
@@ -44,6 +48,7 @@ class SourceRow:
         payload: the image's encoded bytes, or None where they must be fetched.
         url: where the bytes are, or None where they are here.
         attributes: whatever else the source knows, kept in the row's JSON.
+        semantic_map: a map's encoded bytes, none of them where it is missing; None where pictures have no maps.
         members: finished members by suffix, which go into the tar as they are; such a row has no payload.
     """
 
@@ -53,6 +58,7 @@ class SourceRow:
     url: str | None = None
     attributes: dict[str, JSON] = field(default_factory=dict)
     members: Mapping[str, bytes] | None = None
+    semantic_map: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
