@@ -39,7 +39,6 @@ class Draw(IntEnum):
     BUCKET = 11
     CROP = 12
     MASK = 13
-    CONDITION_DROPOUT = 14
     CODE = 20
 
 

@@ -182,7 +182,8 @@ class TextToImage:
         self, condition: Condition, seeds: Sequence[int], scales: Sequence[float], sampler: SamplerConfig
     ) -> Latent:
         """Return one batch of scaled latents, shape (b, c, h, w)."""
-        shape = (self.card.space.num_channels, *self.card.latent_size)
+        size = self.card.latent_size if condition.spatial is None else condition.spatial.shape[-2:]
+        shape = (self.card.space.num_channels, int(size[0]), int(size[1]))
         denoise = guided_denoiser(
             self._unet,
             self._schedule,

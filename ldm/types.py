@@ -73,6 +73,11 @@ class Condition:
         named = {name: [getattr(part, name) for part in parts] for name in _TENSORS}
         return cls(**{name: torch.cat(found) for name, found in named.items() if found and found[0] is not None})
 
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of the batch, or None where nothing is told."""
+        return next((len(part) for name in _TENSORS if (part := getattr(self, name)) is not None), None)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
         """Return the same condition on `device`, its floats as `dtype` but for sizes: bfloat16 has no 1023."""
         moved = self._mapped(

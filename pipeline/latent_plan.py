@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from ldm.conditioning.text_embedding import embedded_condition, numbered_conditi
 from ldm.first_stage import load_autoencoder
 from ldm.interop.diffusers import weights_digest
 from ldm.storage import is_local
+from ldm.types import Condition
 from pipeline.crops import buckets_of
 from pipeline.encode import EncodeStage, picture_config
 from pipeline.encoder import torch_device
@@ -143,9 +145,16 @@ def token_reader(manifest: Manifest, text: TextEncoderConfig, use: TextUse, devi
     """Return what becomes of captions while a cache is read; None where it holds their embeddings."""
     if not manifest.identity.get("text_storage"):
         return None
+    if use is TextUse.NONE:
+        return _nothing
     if use is TextUse.TRAINED:
         return partial(numbered_condition, max_tokens=text.max_tokens)
     return partial(embedded_condition, encode=TextEncoder(text, device).encode_tokens, max_tokens=text.max_tokens)
+
+
+def _nothing(tokens: Sequence[object]) -> Condition:
+    """Return what a denoiser is told that hears no captions; no encoder is needed for that."""
+    return Condition()
 
 
 def check_told(conditioning: ConditioningConfig, manifest: Manifest) -> None:
@@ -156,7 +165,17 @@ def check_told(conditioning: ConditioningConfig, manifest: Manifest) -> None:
     """
     if conditioning.text is TextUse.TRAINED and not manifest.identity.get("text_storage"):
         raise ValueError("a trained text transformer reads token ids: make the latents with text_storage online")
+    if conditioning.has_sizes and conditioning.text is not TextUse.FROZEN:
+        raise ValueError(f"has_sizes comes with a frozen encoder's vector, got text {conditioning.text.value}")
+    max_tokens = int(manifest.identity["max_tokens"])
+    if conditioning.text is TextUse.TRAINED and max_tokens > conditioning.text_transformer.max_tokens:
+        raise ValueError(
+            f"captions of up to {max_tokens} tokens were cached, "
+            f"text_transformer.max_tokens is {conditioning.text_transformer.max_tokens}"
+        )
     made = manifest.identity.get("columns", {})
+    if conditioning.num_classes and conditioning.num_classes < len(made.get("classes", ())):
+        raise ValueError(f"num_classes is {conditioning.num_classes}, the latents have {len(made['classes'])} classes")
     wanted = {
         "class_attribute": bool(conditioning.num_classes),
         "boxes_attribute": conditioning.has_layout,

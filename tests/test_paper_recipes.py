@@ -58,6 +58,8 @@ def test_recipe_fits_its_first_stage_and_has_the_papers_parameters(name):
     assert (latents.text_storage is TextStorage.ONLINE) == (config.conditioning.text is not TextUse.FROZEN)
     assert (latents.root, latents.autoencoder, latents.text) == (config.latents, config.autoencoder, config.text)
     check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
+    config.engine.micro_batches(config.batch_size // config.launch.num_workers)
+    assert config.num_streams >= config.batch_size // 32  # no fewer streams than anyone has GPUs for such a batch
     assert config.ema.half_life_samples == pytest.approx(6931 * config.batch_size, rel=1e-3)
     assert TrainLdmConfig.from_yaml(config.to_yaml()) == config
 

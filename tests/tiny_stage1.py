@@ -30,7 +30,7 @@ LOSS = ReconstructionConfig(
     perceptual_weight=0.5, adversarial_start=0, discriminator_channels=4, discriminator_layers=2, validation_rows=0
 )
 GUARD = GuardConfig(
-    measure=GuardMeasure.LOGIT_GAP, begins_above=0.02, ends_below=0.01, half_life_samples=4, side=GuardedSide.BOTH
+    measure=GuardMeasure.LOGIT_GAP, begins_above=0.004, ends_below=0.002, half_life_samples=2, side=GuardedSide.BOTH
 )
 EVERYTHING = replace(
     LOSS,

@@ -1,10 +1,14 @@
 """The models of the latent diffusion paper under their authors' names (Rombach et al. 2022, tables 8 and 12 to 15).
 
-Each is a row of a table: network, schedule, what it is told, batch, learning rate and length. What the paper gives as
-steps stands here as samples, steps times batch. Moving averages of 0.9999 a step have a half-life of 6,931 batches.
+Each has its network, schedule, what it is told, batch, learning rate and length from its configuration or its table.
+What the paper gives as steps stands here as samples, steps times batch; moving averages of 0.9999 a step have a half-
+life of 6,931 batches. Where the released network is not the table's, batch and length are the table's all the same:
+inpainting_big (its 215 M model), bsr_sr (169 M), text2img256 (the one on LAION). Rows of a forward on one GPU are
+ours.
 
-Every model reads `HOME/dataset` through the autoencoder in `HOME/autoencoder/model`: train one by the name of its
-configuration (`python -m jobs.train_autoencoder vq_f4`), or name another one by `--autoencoder`.
+Every model reads `HOME/dataset` through the autoencoder in `HOME/autoencoder/model`. With one --home for all of them:
+`jobs.train_autoencoder vq_f4`, then `jobs.precompute_latents cin256_v2`, `jobs.train_ldm cin256_v2`; or name another
+autoencoder by `--autoencoder`.
 """
 
 from __future__ import annotations
@@ -48,6 +52,8 @@ TOKENS = TextEncoderConfig(max_tokens=77)
 CLIP_L = TextEncoderConfig(kind=TextEncoderKind.CLIP, path="openai/clip-vit-large-patch14", max_tokens=77)
 STABLE_DIFFUSION = ScheduleConfig(start=0.00085, end=0.012)
 LANDSCAPE_CLASSES = 182
+MAX_STREAMS = 256
+GPUS_OF_A_MACHINE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +72,7 @@ class PaperModel:
         norm: how far an output is from its target.
         image_size: side of the pictures.
         warmup_steps: steps over which the rate rises.
+        micro_batch_size: rows of one forward on one GPU; 0 takes its whole share.
     """
 
     unet: Callable[[], UNetConfig]
@@ -79,6 +86,19 @@ class PaperModel:
     norm: ErrorNorm = ErrorNorm.L2
     image_size: int = 256
     warmup_steps: int = 0
+    micro_batch_size: int = 0
+
+    @property
+    def num_streams(self) -> int:
+        """Canonical streams, as many as a run may have GPUs: a divisor of the batch, of eights where it has any."""
+        eights = 8 if self.batch_size % 8 == 0 else 1
+        rest = self.batch_size // eights
+        return eights * max(part for part in range(1, rest + 1) if rest % part == 0 and eights * part <= MAX_STREAMS)
+
+    @property
+    def num_workers(self) -> int:
+        """GPUs of a usual machine that share the streams evenly."""
+        return max(number for number in range(1, GPUS_OF_A_MACHINE + 1) if self.num_streams % number == 0)
 
 
 def _trained_text(depth: int) -> ConditioningConfig:
@@ -108,7 +128,13 @@ MODELS: dict[str, PaperModel] = {
         unet=zoo.cin_ldm_vq_f8, lr=6.4e-5, batch_size=64, steps=2_000_000, told=_CLASSES, columns=_CLASS_COLUMN
     ),
     "cin256_v2": PaperModel(
-        unet=zoo.cin256_v2, lr=1e-4, batch_size=1200, steps=178_000, told=_CLASSES, columns=_CLASS_COLUMN
+        unet=zoo.cin256_v2,
+        lr=1e-4,
+        batch_size=1200,
+        steps=178_000,
+        told=_CLASSES,
+        columns=_CLASS_COLUMN,
+        micro_batch_size=30,
     ),
     "text2img256": PaperModel(
         unet=zoo.text2img256, lr=5.6e-5, batch_size=28, steps=390_000, told=_trained_text(32), text=TOKENS
@@ -117,6 +143,7 @@ MODELS: dict[str, PaperModel] = {
         unet=zoo.txt2img_1p4b,
         lr=1e-4,
         batch_size=680,
+        micro_batch_size=17,
         steps=390_000,
         schedule=STABLE_DIFFUSION,
         told=_trained_text(32),
@@ -127,6 +154,7 @@ MODELS: dict[str, PaperModel] = {
         unet=zoo.sd1,
         lr=1e-4,
         batch_size=2048,
+        micro_batch_size=16,
         steps=432_000,
         schedule=STABLE_DIFFUSION,
         told=ConditioningConfig(),
@@ -212,7 +240,6 @@ def train_ldm(name: str, home: str) -> TrainLdmConfig:
     """A model of the paper, ZeRO-2 in bf16 on as many GPUs as `--launch.num-workers` says."""
     model = MODELS[name]
     batch = model.batch_size
-    streams = math.gcd(batch, 8)
     return TrainLdmConfig(
         root=join(home, "ldm"),
         record=join(kept_here(home), "records", "ldm"),
@@ -224,7 +251,9 @@ def train_ldm(name: str, home: str) -> TrainLdmConfig:
         objective=ObjectiveConfig(schedule=model.schedule, norm=model.norm, validation_rows=4096),
         optim=OptimConfig(lr=model.lr, warmup_samples=model.warmup_steps * batch),
         ema=EmaConfig(half_life_samples=EMA_HALF_LIFE_STEPS * batch),
-        engine=EngineConfig(kind=EngineKind.DEEPSPEED, precision=Precision.BF16),
+        engine=EngineConfig(
+            kind=EngineKind.DEEPSPEED, precision=Precision.BF16, micro_batch_size=model.micro_batch_size
+        ),
         loop=LoopConfig(
             total_samples=model.steps * batch,
             log_every=50 * batch,
@@ -232,9 +261,9 @@ def train_ldm(name: str, home: str) -> TrainLdmConfig:
             picture_every=5_000 * batch,
             checkpoint_every=1_000 * batch,
         ),
-        launch=LaunchConfig(num_workers=min(8, streams), cpus_per_worker=8, gpus_per_worker=1, max_failures=20),
+        launch=LaunchConfig(num_workers=model.num_workers, cpus_per_worker=8, gpus_per_worker=1, max_failures=20),
         batch_size=batch,
-        num_streams=streams,
+        num_streams=model.num_streams,
         cache_folder="/tmp/ldm-cache",
     )
 

@@ -12,6 +12,7 @@ import torch
 from jobs.wiring.recording import open_record
 from ldm import storage
 from ldm.conditioning.conditioner import ConditioningConfig
+from ldm.conditioning.layout import num_objects
 from ldm.conditioning.rows import RowConditions
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
 from ldm.config import Config, added_later
@@ -39,7 +40,7 @@ from ldm.training.loop import LoopConfig, Progress, Surroundings, train
 from ldm.training.optim import OptimConfig
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
-from ldm.types import Image
+from ldm.types import Condition, Image
 from ldm.unet.model import UNetConfig
 from pipeline.latent_plan import check_latents, check_told, token_reader
 from pipeline.latent_summary import cached_size, latent_size, latent_space
@@ -56,7 +57,7 @@ class PreviewConfig(Config):
     """Sample images that are drawn along the training, from the averaged weights."""
 
     prompts: tuple[str, ...] = ()
-    """Captions to draw; none draws nothing."""
+    """Captions to draw; none draws nothing. Where more than captions is told, as many held-out rows instead."""
     sampler: SamplerConfig = SamplerConfig(num_steps=20)
     """How they, and later the finished model's images, are sampled."""
     guidance: float = 3.0
@@ -137,6 +138,7 @@ class TrainLdmConfig(Config):
 
     def loader(self, split: Split) -> LoaderConfig:
         """Return how rows of a split are read."""
+        told = self.conditioning
         return LoaderConfig(
             root=self.latents,
             split=split,
@@ -144,6 +146,7 @@ class TrainLdmConfig(Config):
             batch_size=self.batch_size,
             num_streams=self.num_streams,
             caption_dropout=self.caption_dropout if split is Split.TRAIN else 0.0,
+            max_boxes=num_objects(told.layout_transformer) if told.has_layout else 1,
             seed=self.seed,
             cache_folder=self.cache_folder,
             cache_bytes=self.cache_bytes,
@@ -203,7 +206,7 @@ def train_ldm_worker(
         micro_batches=config.engine.micro_batches,
         total_samples=config.loop.total_samples,
         seed=config.seed,
-        preview=_preview(config, engine, manifest, world),
+        preview=_preview(config, engine, manifest, world, held_out),
     )
     around = Surroundings(
         world=world,
@@ -303,7 +306,7 @@ def _card(
 
 
 def _preview(
-    config: TrainLdmConfig, engine: Engine, manifest: Manifest, world: World
+    config: TrainLdmConfig, engine: Engine, manifest: Manifest, world: World, held_out: LatentLoader
 ) -> Callable[[], dict[str, Image]] | None:
     prompts = config.preview.prompts
     if not prompts:
@@ -316,8 +319,17 @@ def _preview(
         device=world.device,
     )
     condition = model.condition(prompts)
-    seeds, scales = range(len(prompts)), [config.preview.guidance] * len(prompts)
+    if not config.conditioning.is_text_only:
+        condition = _held_out_condition(config, manifest, held_out, world)
+    seeds = range(condition.num_rows or len(prompts))
+    scales = [config.preview.guidance] * len(seeds)
     return lambda: {"samples": model.images(condition, seeds, scales, config.preview.sampler)}
+
+
+def _held_out_condition(config: TrainLdmConfig, manifest: Manifest, held_out: LatentLoader, world: World) -> Condition:
+    """Return what the first held-out rows of one shape are told, as many as there are prompts: those alone say less."""
+    start, stop = next(held_out.spans(0, held_out.num_rows, len(config.preview.prompts)))
+    return row_conditions(config, manifest).whole(held_out.rows(start, stop)).to(world.device, torch.float32)
 
 
 def _publish(config: TrainLdmConfig, manifest: Manifest, engine: Engine, samples_seen: int, world: World) -> None:

@@ -131,12 +131,14 @@ class _Grid:
         for row, row_weight in zip(self.rows, row_weights, strict=True):
             for column, column_weight in zip(self.columns, column_weights, strict=True):
                 tile = tile_at(row, column)
+                exact = torch.promote_types(tile.dtype, torch.float32)  # in halves the weights would not add up to 1
                 if whole is None:
-                    whole = tile.new_zeros(*tile.shape[:2], self.height * factor, self.width * factor)
-                weight = (row_weight[:, None] * column_weight).to(tile)
+                    sides = (self.height * factor, self.width * factor)
+                    whole, dtype = tile.new_zeros(*tile.shape[:2], *sides, dtype=exact), tile.dtype
+                weight = (row_weight[:, None] * column_weight).to(tile.device, exact)
                 whole[:, :, row.times(factor), column.times(factor)] += tile * weight
         assert whole is not None
-        return whole
+        return whole.to(dtype)
 
 
 def _spans(side: int, tile: int, overlap: int) -> tuple[Span, ...]:

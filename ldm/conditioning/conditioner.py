@@ -90,6 +90,12 @@ class ConditioningConfig(Config):
         return self.text is TextUse.TRAINED or bool(self.num_classes or self.has_layout or self.map_classes)
 
     @property
+    def is_text_only(self) -> bool:
+        """Whether a caption is all that the denoiser is told."""
+        more = self.num_classes, self.has_layout, self.map_classes, self.has_low_res, self.has_masked_image
+        return not any(more) and not self.has_sizes and self.text is not TextUse.NONE
+
+    @property
     def has_states(self) -> bool:
         """Whether the denoiser attends to anything."""
         return self.text is not TextUse.NONE or bool(self.num_classes or self.has_layout)
@@ -193,7 +199,9 @@ class ConditionalDenoiser(nn.Module):
 
     def forward(self, noisy: Latent, timestep: Float[Tensor, "b"], condition: Condition) -> Latent:
         """Return the prediction for each row; see `UNet.forward`."""
-        prediction: Tensor = self.unet(noisy, timestep, self.conditioner(condition, (noisy.shape[-2], noisy.shape[-1])))
+        # Not as a module's call: ZeRO-3's hooks look into what such a call returns, and a condition is no tensor.
+        told = self.conditioner.forward(condition, (noisy.shape[-2], noisy.shape[-1]))
+        prediction: Tensor = self.unet(noisy, timestep, told)
         return prediction
 
 

@@ -3,7 +3,8 @@
     blur, blur, shrink, noise, JPEG in an order that is drawn → the wanted size → JPEG
 
 BSRGAN's degradations in the light form with which the paper's super-resolution model was trained (Rombach et al. 2022,
-appendix D.6): narrower kernels, less noise, higher quality. Numbers in comments are for a factor of 4.
+appendix D.6): narrower kernels, less noise, higher quality. Every shrinking here filters; theirs also takes every n-th
+pixel of a blurred picture now and then. Numbers in comments are for a factor of 4.
 
 Letters: y pixel row, x pixel column, k side of a kernel.
 """
@@ -56,13 +57,14 @@ def degraded(dice: np.random.Generator, pixels: Pixels, size: tuple[int, int]) -
 
 
 def _blurred(dice: np.random.Generator, pixels: Pixels, factor: float) -> Pixels:
-    """Blur by a Gaussian that is round (up to 0.7 pixels wide) or long and turned (up to 2)."""
+    """Blur by a Gaussian that is round (up to 0.8 pixels wide) or long and turned (up to 1.4)."""
     if dice.random() < ISOTROPIC_SHARE:
         width = MIN_SIGMA + dice.random() * (2 + 0.2 * factor) / 4
         widths, angle = (width, width), 0.0
     else:
-        longest = (4 + factor) / 4
-        widths = (MIN_SIGMA + dice.random() * longest, MIN_SIGMA + dice.random() * longest)
+        longest = (4 + factor) / 4  # of the variances
+        variances = MIN_SIGMA + dice.random(2) * longest
+        widths = (math.sqrt(variances[0]), math.sqrt(variances[1]))
         angle = dice.uniform(0, math.pi)
     kernel = torch.from_numpy(_gaussian(widths, angle)).float()
     image = torch.tensor(pixels).permute(2, 0, 1)[:, None].float()  # 3 1 y x

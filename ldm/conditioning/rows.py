@@ -1,6 +1,8 @@
 """From a batch of a latent cache to what a denoiser is told of its rows, each condition dropped where the draw says so.
 
-Draws are functions of (seed, position of the row), as all draws of a training are; the caption's own is the loader's.
+What is dropped is a function of (seed, position of the row), as all draws of a training are. It is one draw for all
+conditions, the one by which the loader drops captions: where their shares are equal they are dropped together, which is
+what guidance compares with; where they differ, the rarer ones fall within the more frequent ones.
 
 Letters: b batch, c latent channel, h latent row, w latent column, y pixel row, x pixel column.
 """
@@ -9,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,6 @@ from ldm.conditioning.layout import layout_tokens, null_layout
 from ldm.latents import LatentSpace
 from ldm.randomness import Draw, uniform
 from ldm.types import Condition, LatentBatch, SpatialCondition
-
-
-class Dropped(IntEnum):
-    """Which condition a draw is of."""
-
-    CLASS = 0
-    LAYOUT = 1
-    MAP = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +41,12 @@ class RowConditions:
 
     def drawn(self, batch: LatentBatch) -> Condition:
         """Return the conditions for a training step, some of them dropped."""
-        config = self.config
+        config, draws = self.config, uniform(self.seed, Draw.DROPOUT, batch.samples.tolist())
         return self._condition(
             batch,
-            no_class=self._drop(Dropped.CLASS, config.class_dropout, batch),
-            no_layout=self._drop(Dropped.LAYOUT, config.layout_dropout, batch),
-            no_map=self._drop(Dropped.MAP, config.map_dropout, batch),
+            no_class=draws < config.class_dropout,
+            no_layout=draws < config.layout_dropout,
+            no_map=draws < config.map_dropout,
         )
 
     def whole(self, batch: LatentBatch) -> Condition:
@@ -65,6 +58,8 @@ class RowConditions:
         config, text = self.config, batch.condition
         if config.text is TextUse.NONE:
             text = Condition()
+        if text.tokens is not None:
+            _check_numbers("token", text.tokens, config.text_transformer.vocab_size)
         return replace(
             text,
             spatial=self._spatial(batch),
@@ -73,9 +68,6 @@ class RowConditions:
             layout=self._layout(batch, no_layout) if config.has_layout else None,
             semantic_map=self._map(batch, no_map) if config.map_classes else None,
         )
-
-    def _drop(self, which: Dropped, share: float, batch: LatentBatch) -> Tensor:
-        return uniform(self.seed, Draw.CONDITION_DROPOUT, batch.samples.tolist(), sub=int(which)) < share
 
     def _class_id(self, batch: LatentBatch, dropped: Tensor) -> Tensor:
         found, null = column(batch.columns, "class_id"), self.config.num_classes
@@ -100,7 +92,11 @@ class RowConditions:
         return torch.cat([size, crop[:, :2] / crop[:, 2:] * target, target.expand_as(size)], dim=1)
 
     def _spatial(self, batch: LatentBatch) -> SpatialCondition | None:
-        """Return mask and masked image's latent, then the small image, at the latent's size."""
+        """Return mask and masked image's latent, then the small image, at the latent's size.
+
+        Mask first is Stable Diffusion's order; the paper's inpainting_big was released with the mask last, so its
+        weights must have their input channels turned before they are used with this.
+        """
         parts: list[Tensor] = []
         if self.config.has_masked_image:
             masked = column(batch.columns, "masked_moments")
@@ -119,13 +115,14 @@ def null_condition(config: ConditioningConfig, condition: Condition, null_text: 
         null_text: the condition of the empty caption, of b rows or of one for all.
     """
     nulls = {
-        "class_id": config.num_classes,
-        "layout": config.layout_transformer.vocab_size - 1,
-        **({"semantic_map": -1} if config.map_dropout else {}),
+        "class_id": (config.num_classes, config.class_dropout),
+        "layout": (config.layout_transformer.vocab_size - 1, config.layout_dropout),
+        "semantic_map": (-1, config.map_dropout),
     }
-    there = {name: part for name in nulls if (part := getattr(condition, name)) is not None}
+    parts = {name: getattr(condition, name) for name, (_, share) in nulls.items() if share}
+    there = {name: part for name, part in parts.items() if part is not None}
     text = {name: getattr(null_text, name) for name in ("states", "mask", "pooled", "tokens")}
-    return replace(condition, **text, **{name: torch.full_like(part, nulls[name]) for name, part in there.items()})
+    return replace(condition, **text, **{name: torch.full_like(part, nulls[name][0]) for name, part in there.items()})
 
 
 def column(columns: Mapping[str, Tensor], name: str) -> Tensor:
@@ -141,7 +138,7 @@ def column(columns: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _check_numbers(what: str, numbers: Tensor, limit: int) -> None:
     if bool((numbers >= limit).any()):
-        raise ValueError(f"there are {limit} classes, and a {what} has the number {int(numbers.max())}")
+        raise ValueError(f"numbers below {limit} are known to the denoiser, and a {what} has {int(numbers.max())}")
 
 
 def _resized(images: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ldm.autoencoder.regularizer import Regularizer
 from ldm.types import Image
 
 ADAPTIVE_EPSILON = 1e-4
@@ -121,11 +122,25 @@ def accuracy(real: Logits, fake: Logits) -> Scalar:
     return 0.5 * ((real > 0).to(real.dtype).mean() + (fake < 0).to(fake.dtype).mean())
 
 
+def max_adaptive_weight(regularizer: Regularizer, pixel_values: int) -> float:
+    """Return the bound of the adaptive weight beside mean pixel errors.
+
+    The authors bound it at 10,000: for VQ beside means, for KL beside sums over a picture's values, which is 0.051
+    beside their mean at 256 pixels, and binds.
+    """
+    match regularizer:
+        case Regularizer.KL:
+            return MAX_ADAPTIVE_WEIGHT / pixel_values
+        case Regularizer.VQ:
+            return MAX_ADAPTIVE_WEIGHT
+
+
 def adaptive_weight(
     reconstruction_loss: Scalar,
     generator_loss: Scalar,
     last_layer: nn.Parameter,
     mean: Callable[[Tensor], Tensor] = lambda values: values,
+    largest: float = MAX_ADAPTIVE_WEIGHT,
 ) -> Scalar:
     """Return lambda, the ratio of gradient norms at the decoder's last layer (Esser et al. 2021, eq. 7), a constant.
 
@@ -136,8 +151,9 @@ def adaptive_weight(
         generator_loss: of this process's rows.
         last_layer: the decoder's last weight.
         mean: mean of a tensor over all processes, so that the gradients are the global batch's; left out for one.
+        largest: bound of the result.
     """
     (reconstruction_gradient,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (generator_gradient,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
     ratio: Tensor = mean(reconstruction_gradient).norm() / (mean(generator_gradient).norm() + ADAPTIVE_EPSILON)
-    return ratio.clamp(0.0, MAX_ADAPTIVE_WEIGHT).detach()
+    return ratio.clamp(0.0, largest).detach()

@@ -3,13 +3,14 @@
 Order: convolution with stride 2 → `num_layers` - 1 times (stride 2, batch norm) → once (stride 1, batch norm) → one
 logit for each patch (Isola et al. 2017, section 3.2 and appendix 6.1.2; as in Esser et al. 2021).
 
-Letters: b batch, y and x pixels, p and q patches.
+Letters: b batch, n rows of one batch or of two, y and x pixels, p and q patches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -52,10 +53,17 @@ class Discriminator(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.apply(_initialise)
 
-    def forward(self, image: Image) -> Float[Tensor, "b 1 p q"]:
-        """Return a logit for each patch: positive for real, negative for reconstructed."""
+    def forward(self, image: Image, made: Image | None = None) -> Float[Tensor, "n 1 p q"]:
+        """Return a logit for each patch: positive for real, negative for reconstructed.
+
+        Args:
+            image: pictures.
+            made: reconstructions, whose logits come behind those of the pictures; one forward for both, since a
+                data-parallel wrapper synchronises only what its last one saw. Each half is normed by itself, as
+                reconstructions are where the autoencoder is judged.
+        """
         logits: Tensor = self.stages(image)
-        return logits
+        return logits if made is None else torch.cat([logits, self.stages(made)])
 
 
 def _initialise(module: nn.Module) -> None:

@@ -46,7 +46,7 @@ def guided_denoiser(
     null_condition: Condition,
     scale: float | Float[Tensor, " b"],
 ) -> Denoiser:
-    """Return the guided denoiser; where every scale is 1 the network sees the condition only, with batch b.
+    """Return the guided denoiser; where every scale is 1, or there is nothing to drop, the network sees batch b only.
 
     Args:
         network: any callable (noisy, timestep, condition) → output; called once with batch 2b.
@@ -59,7 +59,8 @@ def guided_denoiser(
     Raises:
         ValueError: if the conditions do not match each other.
     """
-    if bool((torch.as_tensor(scale) == 1).all()):
+    is_null = all(getattr(condition, part.name) is getattr(null_condition, part.name) for part in fields(Condition))
+    if is_null or bool((torch.as_tensor(scale) == 1).all()):
         return conditional_denoiser(network, schedule, prediction, condition)
     both = joined(condition, null_condition)
 

@@ -89,7 +89,9 @@ class Adversary:
     world: World
     memory: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
-    def term(self, reconstruction: Tensor, made: Image, last_layer: nn.Parameter, terms: Terms) -> Tensor:
+    def term(
+        self, reconstruction: Tensor, made: Image, last_layer: nn.Parameter, terms: Terms, max_weight: float
+    ) -> Tensor:
         """Return what the autoencoder's loss gains by being judged, and leave its metrics in `terms`.
 
         Args:
@@ -97,11 +99,12 @@ class Adversary:
             made: reconstructions, with their graph.
             last_layer: the decoder's last weight.
             terms: metrics of the step.
+            max_weight: bound of the adaptive weight.
         """
         judge = self.engine.raw.requires_grad_(False)
         generator = generator_loss(judge(made))
         judge.requires_grad_(True)
-        weight = adaptive_weight(reconstruction, generator, last_layer, self.world.mean)
+        weight = adaptive_weight(reconstruction, generator, last_layer, self.world.mean, max_weight)
         terms |= {"generator_loss": generator.detach(), "adaptive_weight": weight}
         weighted: Tensor = self.config.adversarial_weight * weight * generator
         guard = self._guard
@@ -150,8 +153,7 @@ class Adversary:
         return loss
 
     def _logits(self, images: Image, made: Image, terms: Terms) -> tuple[Tensor, Tensor]:
-        # One forward for both halves: a data-parallel wrapper synchronises only what its last forward saw.
-        real, fake = self.engine.wrapped(torch.cat([images, made])).chunk(2)
+        real, fake = self.engine.wrapped(images, made).chunk(2)
         terms["logit_gap"] = (real.mean() - fake.mean()).detach()
         if self._guard is not None:
             terms["discriminator_accuracy"] = accuracy(real, fake)

@@ -23,7 +23,7 @@ from ldm.autoencoder.codebook import Chosen, CodebookMemory, codebook_loss
 from ldm.autoencoder.model import Autoencoder, Reconstruction
 from ldm.autoencoder.regularizer import Regularizer
 from ldm.evaluation.latent_statistics import LatentStatistics
-from ldm.losses.autoencoder import pixel_loss
+from ldm.losses.autoencoder import max_adaptive_weight, pixel_loss
 from ldm.randomness import Draw, normal
 from ldm.training.adversary import Adversary, Terms
 from ldm.training.autoencoder_validation import AutoencoderValidation, ImageRows
@@ -125,7 +125,8 @@ class AutoencoderTask:
         loss: Tensor = reconstruction + self._regularization(made, images[0].numel(), terms)
         terms |= {"loss": loss.detach(), "pixel_loss": pixel.detach(), "perceptual_loss": distance.detach()}
         if is_adversarial:
-            loss = loss + self.adversary.term(reconstruction, made.image, network.last_layer, terms)
+            largest = max_adaptive_weight(network.config.regularizer, images[0].numel())
+            loss = loss + self.adversary.term(reconstruction, made.image, network.last_layer, terms, largest)
         return loss
 
     def _noise(self, images: Image, samples: SampleIndex) -> Latent | None:

@@ -45,6 +45,10 @@ class ObjectiveConfig(Config):
     validation_rows: int = 384
     """Held-out rows of a validation, rounded down to a multiple of 64 (or to what there is, if less)."""
 
+    def __post_init__(self) -> None:
+        if self.norm is ErrorNorm.L1 and self.weighting is not Weighting.UNIFORM:
+            raise ValueError(f"weighting {self.weighting.value} is made for squares: norm l1 goes with uniform")
+
 
 class HeldOut(Protocol):
     """Held-out rows in a fixed order."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -202,6 +203,7 @@ class _Window:
 
     def clear(self, waited_before: float) -> None:
         self.sums: dict[str, Tensor | float] = {}
+        self.counts = Counter[str]()
         self.num_steps = 0
         self.seconds = 0.0
         self.waited_before = waited_before
@@ -219,6 +221,7 @@ class _Window:
         for name, value in metrics.items():
             detached = value.detach() if isinstance(value, Tensor) else value
             self.sums[name] = self.sums.get(name, 0.0) + detached
+            self.counts[name] += 1
             # Noted on the device, so that the step is known without a step's wait for it.
             is_lost = ~torch.as_tensor(detached).isfinite()
             known = self._lost.get(name, torch.zeros_like(is_lost, dtype=torch.int64))
@@ -232,6 +235,6 @@ class _Window:
 
     def means(self, device: torch.device) -> dict[str, Tensor]:
         return {
-            name: torch.as_tensor(total, dtype=torch.float32, device=device) / self.num_steps
+            name: torch.as_tensor(total, dtype=torch.float32, device=device) / self.counts[name]
             for name, total in self.sums.items()
         }
