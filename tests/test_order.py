@@ -66,8 +66,8 @@ def test_order_global_batch_is_the_same_set_on_every_world_size() -> None:
             assert sum((Counter(pairs(rows_at(order, part))) for part in parts), Counter()) == whole
 
 
-def test_order_one_hundred_cluster_shapes_in_well_under_a_second() -> None:
-    start_seconds = time.perf_counter()
+def test_order_on_one_hundred_cluster_shapes_serves_every_row_once() -> None:
+    # How long that takes is measured by tests.benchmarks.loader: milliseconds.
     shapes = 0
     for world in (1, 2, 3, 4, 6, 8, 12, 16, 24, 48):
         for num_rows in (97, 480, 1000, 1001, 48, 49, 3, 211, 960, 777):
@@ -77,7 +77,6 @@ def test_order_one_hundred_cluster_shapes_in_well_under_a_second() -> None:
             assert Counter(pairs(rows_at(order, np.concatenate(served)))) == Counter(every_row(order))
             shapes += 1
     assert shapes == 100
-    assert time.perf_counter() - start_seconds < 1.0
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])

@@ -160,5 +160,5 @@ def test_autoencoder_of_another_kind_does_not_fit_the_cache(made: Path, tmp_path
     write_autoencoder(tmp_path / "kl")
     with pytest.raises(ValueError, match="were made with autoencoder"):
         check_inputs(replace(tiny_config(made), autoencoder=str(tmp_path / "kl")))
-    with pytest.raises(ValueError, match="latents have 3 channels"):
+    with pytest.raises(ValueError, match="latents of 3 channels with 0 beside them ask for a UNet of 3 input"):
         check_inputs(tiny_config(made))
