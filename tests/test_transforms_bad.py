@@ -59,7 +59,8 @@ def test_bad_image_ends_under_its_reason(name):
 
 def test_bad_images_are_of_many_kinds_and_meet_nearly_every_reason():
     assert len({name.rstrip("0123456789") for name in BAD_IMAGES}) >= 60
-    assert {bad.outcome for bad in BAD_IMAGES.values()} >= PICTURE_REASONS.keys() - {"too_long", "svg_not_wanted"}
+    elsewhere = {"too_long", "svg_not_wanted", "no_map", "bad_map"}  # tests/test_transforms_shape, test_semantic_maps
+    assert {bad.outcome for bad in BAD_IMAGES.values()} >= PICTURE_REASONS.keys() - elsewhere
 
 
 def test_pictures_are_the_same_in_another_process_and_in_many_threads():
