@@ -29,8 +29,8 @@ check: $(INSTALLED) ## lint, format, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-soak: $(INSTALLED) ## the slow tests: long runs, kills and restarts
-	$(PY) -m pytest -q -m slow --timeout 3600
+soak: $(INSTALLED) ## the slow tests: long runs, kills and restarts, and the generated ones with new examples
+	$(PY) -m pytest -q -m "slow or hypothesis" --hypothesis-profile default --timeout 3600
 
 clean: ## remove .venv and every cache; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -210,16 +210,30 @@ def _summary(name: str, spread: Spread, written: Callable[[float], str]) -> str:
 def _linear_edges(low: float, high: float) -> NDArray[np.float64]:
     largest = max(abs(low), abs(high), LEAST_MEASURE)
     step = _nice_step(max((high - low) / MAX_BINS, 4 * float(np.spacing(largest))) if high > low else largest)
-    first, last = math.floor(low / step), math.floor(high / step) + 1
-    return np.arange(first, last + 1, dtype=np.float64) * np.float64(step)
+    return _edges_around(low, high, low / step, high / step, lambda place: place * step)
 
 
 def _logarithmic_edges(low: float, high: float) -> NDArray[np.float64]:
     decades = max(math.log10(high) - math.log10(low), 1e-9)
     fineness = next((number for number in (16, 8, 4, 2) if number * decades <= MAX_BINS - 2), 1)
-    first, last = math.floor(fineness * math.log10(low)), math.floor(fineness * math.log10(high)) + 1
-    edges: NDArray[np.float64] = (10.0 ** (np.arange(first, last + 1) / fineness)).astype(np.float64)
-    return edges
+    return _edges_around(
+        low, high, fineness * math.log10(low), fineness * math.log10(high), lambda place: 10.0 ** (place / fineness)
+    )
+
+
+def _edges_around(
+    low: float, high: float, low_place: float, high_place: float, edge_at: Callable[[int], float]
+) -> NDArray[np.float64]:
+    """Return the edges at all whole places, from the last one not above `low` to the first one above `high`.
+
+    Places are rounded, and so may lie a bin too far in: 999,999,999,999,998 has the logarithm 15.
+    """
+    first, last = math.floor(low_place), math.floor(high_place) + 1
+    while edge_at(first) > low:
+        first -= 1
+    while edge_at(last) <= high:
+        last += 1
+    return np.array([edge_at(place) for place in range(first, last + 1)], np.float64)
 
 
 def _aspect_edges() -> NDArray[np.float64]:

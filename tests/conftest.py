@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -29,6 +30,9 @@ install_import_hook(TENSOR_PACKAGES, f"{shape_checks.__name__}.{shape_checks.che
 # Sums depend on how many threads share them: one thread makes equal runs equal on every machine.
 torch.set_num_threads(1)
 
+# One change is tested on the same examples wherever and whenever; `make soak` draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 STARTS_MANY_PROCESSES = {
     "test_cluster",

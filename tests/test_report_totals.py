@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.ingest.duplicates import Likeness
@@ -51,6 +51,7 @@ NUMBERS = st.floats(-1e15, 1e15).filter(lambda value: value == 0 or abs(value) >
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(NUMBERS, min_size=1, max_size=60), st.lists(NUMBERS, max_size=20), st.sampled_from(Axis))
+@example([999_999_999_999_998.0], [], Axis.LOGARITHMIC)
 def test_histogram_counts_every_value_once(kept, rejected, axis):
     column = Column()
     values = np.array([*kept, *rejected])
