@@ -38,6 +38,8 @@ ZOO = [
     ("vq_f8_n256", 67_652_783, (4, 32, 32)),
     ("vq_f16", 69_593_371, (8, 16, 16)),
     ("emoji_f4", 681_911, (4, 64, 64)),
+    ("small_f4", 1_499_127, (4, 64, 64)),
+    ("small_f8", 2_768_355, (16, 32, 32)),
 ]
 """Name, published number of parameters (none was published for factor 2), and latent of a 256-pixel image."""
 

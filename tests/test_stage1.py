@@ -17,12 +17,13 @@ from jobs.wiring.train_autoencoder import (
     train_autoencoder_worker,
 )
 from ldm.autoencoder.codebook import CodebookConfig
-from ldm.autoencoder.model import AutoencoderConfig
+from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.autoencoder.quantizer import perplexity, usage
 from ldm.evaluation.features import FeatureKind, feature_network
 from ldm.evaluation.frechet import frechet_distance, statistics_of
 from ldm.evaluation.scores import psnr
 from ldm.first_stage import load_autoencoder
+from ldm.interop.diffusers import save_autoencoder
 from ldm.losses.autoencoder import AdversarialLoss, PixelLoss
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.guard import Guard, GuardConfig, GuardedSide, GuardMeasure
@@ -280,6 +281,29 @@ def test_images_whose_sides_are_no_multiples_of_the_factor_are_refused_before_an
     config = stage1_config(tmp_path / "run", replace(KL, channel_mult=(1, 2, 2)))
     with pytest.raises(ValueError, match="images of 18 px are no multiple of the autoencoder's factor 4"):
         check_inputs(replace(config, dataset=str(tmp_path / "dataset")))
+
+
+def test_training_starts_from_an_autoencoder_that_is_there(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    trained = Autoencoder(KL)
+    save_autoencoder(trained, str(tmp_path / "trained"))
+    config = replace(stage1_config(tmp_path / "run"), initial=str(tmp_path / "trained"))
+    task = stage1_task(config, alone())
+    for name, weight in task.autoencoder.weights().items():
+        torch.testing.assert_close(weight, trained.state_dict()[name], rtol=0, atol=0)
+    manifest = write_dataset(tmp_path / "dataset")
+    assert config.identity(manifest)["initial"] == config.initial
+    assert "initial" not in stage1_config(tmp_path / "run").identity(manifest)
+
+
+def test_training_from_an_autoencoder_of_another_shape_is_refused_before_any_worker_starts(tmp_path: Path) -> None:
+    save_autoencoder(Autoencoder(replace(KL, base_channels=16)), str(tmp_path / "wider"))
+    write_dataset(tmp_path / "dataset")
+    config = replace(stage1_config(tmp_path / "run"), dataset=str(tmp_path / "dataset"))
+    with pytest.raises(ValueError, match="another shape than autoencoder: base_channels 16 there, 8 here$"):
+        check_inputs(replace(config, initial=str(tmp_path / "wider")))
+    with pytest.raises(ValueError, match="there is no autoencoder at"):
+        check_inputs(replace(config, initial=str(tmp_path / "nowhere")))
 
 
 def test_a_codebooks_training_for_kl_is_refused() -> None:

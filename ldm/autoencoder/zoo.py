@@ -1,4 +1,4 @@
-"""Named autoencoder shapes: the paper's (Rombach et al. 2022, table 8) and the emoji recipe's small one.
+"""Named autoencoder shapes: the paper's (Rombach et al. 2022, table 8) and small ones for a laptop's CPU.
 
 The paper's have 128 channels at full resolution and two residual blocks a level. Those of factor 2 were never released:
 table 8 says their latents and codebooks; that they have one level for each halving, of widths 1 and 2, is our reading.
@@ -79,4 +79,21 @@ def emoji_f4() -> AutoencoderConfig:
     """
     return AutoencoderConfig(
         latent_channels=4, base_channels=16, channel_mult=(1, 2, 4), num_res_blocks=1, norm_groups=8
+    )
+
+
+def small_f4() -> AutoencoderConfig:
+    """Return a model of factor 4 for a CPU and pictures of about 64 px: 64x64x3 to 16x16x4, 1,499,127 parameters."""
+    return AutoencoderConfig(
+        latent_channels=4, base_channels=16, channel_mult=(1, 3, 6), num_res_blocks=1, norm_groups=8
+    )
+
+
+def small_f8() -> AutoencoderConfig:
+    """Return a model of factor 8 for a CPU, 64x64x3 to 8x8x16: 2,768,355 parameters.
+
+    Its 16 channels keep as many numbers of a picture as small_f4's 4 do.
+    """
+    return AutoencoderConfig(
+        latent_channels=16, base_channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=8
     )

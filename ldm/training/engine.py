@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldm.config import Config
 from ldm.training.ema import Ema, EmaConfig, swapped_in
-from ldm.training.optim import OptimConfig, build_optimizer, set_learning_rate
+from ldm.training.optim import OptimConfig, build_optimizer, lay_out_like_weights, set_learning_rate
 from ldm.training.world import World
 
 
@@ -156,6 +156,7 @@ class LocalEngine:
         content = torch.load(folder / "local.pt", map_location=self._world.device, weights_only=True)
         self.raw.load_state_dict(content["module"])
         self._optimizer.load_state_dict(content["optimizer"])
+        lay_out_like_weights(self._optimizer)
         if self._ema is not None:
             self._ema.load_state_dict(content["ema"])
 
