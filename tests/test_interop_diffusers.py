@@ -13,6 +13,7 @@ import torch
 
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.autoencoder.regularizer import Regularizer
+from ldm.autoencoder.zoo import kl_f8
 from ldm.interop.diffusers import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -93,15 +94,15 @@ def assert_equal_unets(ours: UNet, theirs: torch.nn.Module) -> None:
             )
 
 
-def assert_equal_autoencoders(ours: Autoencoder, theirs: torch.nn.Module) -> None:
+def assert_equal_autoencoders(ours: Autoencoder, theirs: torch.nn.Module, tolerance: float = 1e-5) -> None:
     torch.manual_seed(1)
     image = torch.randn(2, 3, 16, 32)
     with torch.no_grad():
         posterior = theirs.encode(image).latent_dist
-        torch.testing.assert_close(ours.encode(image), posterior.parameters, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.encode(image), posterior.parameters, atol=tolerance, rtol=tolerance)
         expected = theirs.decode(posterior.mean).sample
         assert expected.std() > 0.01
-        torch.testing.assert_close(ours.decode(posterior.mean), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.decode(posterior.mean), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("config", AUTOENCODERS)
@@ -185,6 +186,18 @@ def test_autoencoder_that_diffusers_saved_loads_and_agrees(tmp_path):
     theirs = diffusers.AutoencoderKL(block_out_channels=(8, 16, 32), layers_per_block=2, norm_num_groups=4, **levels)
     drawn(theirs).save_pretrained(tmp_path)
     assert_equal_autoencoders(load_autoencoder(str(tmp_path)), theirs)
+
+
+def test_full_size_stable_diffusion_autoencoder_agrees_both_ways(tmp_path):
+    torch.manual_seed(0)
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    theirs = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **levels).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_autoencoder(str(tmp_path / "theirs")).eval()
+    assert ours.config == kl_f8()
+    assert_equal_autoencoders(ours, theirs, tolerance=1e-4)
+    save_autoencoder(ours, str(tmp_path / "ours"))
+    assert_equal_autoencoders(ours, oracle_of(diffusers.AutoencoderKL, tmp_path / "ours"), tolerance=1e-4)
 
 
 @pytest.mark.parametrize(

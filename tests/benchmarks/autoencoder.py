@@ -10,48 +10,24 @@ GPU: kl-f8 at 256 and 512 px in bf16.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ldm.autoencoder import zoo
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
-from ldm.config import Config
 from ldm.interop.diffusers import save_autoencoder
 from pipeline.encoder import Encoder
-from pipeline.latent_config import Device, LatentsConfig, Precision
-from tests.benchmarks.neighbours import TRIES_PER_TURN, Clock, Turn, quiet_turns
+from pipeline.latent_config import LatentsConfig, Precision
+from tests.benchmarks.network_pair import PairSettings, in_turns, line, run
 
-RESULTS = Path(__file__).parent / "results"
-GOAL = 1.2
 TOLERANCE = {Precision.FP32: 1e-4, Precision.BF16: 5e-2}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AutoencoderBenchmark(Config):
-    """Images a second through encoder and decoder, against diffusers."""
-
-    device: Device = Device.CPU
-    """Where the networks lie."""
-    rounds: int = 5
-    """Turns of each side."""
-    threads: int = 2
-    """CPU threads."""
-    quick: bool = False
-    """Under a minute: two turns of the first network, however busy the machine is."""
-    save: bool = False
-    """Write the result beside the other results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +42,8 @@ class Work:
 
 
 CPU_WORKS = (
-    Work("emoji_f4, 64 px", zoo.emoji_f4(), 64, 64, Precision.FP32),
+    Work("small_f4, 64 px", zoo.small_f4(), 64, 64, Precision.FP32),
+    Work("small_f8, 64 px", zoo.small_f8(), 64, 64, Precision.FP32),
     Work("emoji_f4, 256 px", zoo.emoji_f4(), 256, 8, Precision.FP32),
     Work("kl_f8, 256 px", zoo.kl_f8(), 256, 1, Precision.FP32),
 )
@@ -76,28 +53,8 @@ GPU_WORKS = (
 )
 
 
-def main() -> None:
-    """Run both sides in turns and print the tables."""
-    settings = tyro.cli(AutoencoderBenchmark, description=__doc__)
-    torch.set_num_threads(settings.threads)
-    works = GPU_WORKS if settings.device is Device.CUDA else CPU_WORKS
-    machine = torch.cuda.get_device_name() if settings.device is Device.CUDA else platform.processor()
-    record: dict[str, Any] = {"settings": settings.to_dict(), "machine": machine or platform.machine()}
-    record |= {"num_cores": len(os.sched_getaffinity(0)), "torch": torch.__version__, "works": {}}
-    print(f"{record['machine']}, {settings.threads} threads of {record['num_cores']} cores, torch {torch.__version__}")
-    print(f"{'':18}{'':8}{'ours':>9}{'theirs':>9}  images/s{'ratio':>8}{'min':>7}{'max':>7}   apart")
-    for work in works[:1] if settings.quick else works:
-        record["works"][work.name] = measured(work, settings)
-    ratios = [one["ratio"] for sides in record["works"].values() for one in sides.values()]
-    record["ratio"] = min(ratios)
-    if settings.save:
-        path = RESULTS / ("autoencoder-cuda.json" if settings.device is Device.CUDA else "autoencoder.json")
-        path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"autoencoder ratio {min(ratios):.2f} (the least) goal {GOAL}")
-
-
-def measured(work: Work, settings: AutoencoderBenchmark) -> dict[str, Any]:
-    """Return rates and ratios of encoding and decoding with one network."""
+def measured(work: Work, settings: PairSettings) -> dict[str, Any]:
+    """Print and return rates and ratios of encoding and decoding with one network."""
     with tempfile.TemporaryDirectory(prefix="autoencoder-benchmark-") as folder:
         torch.manual_seed(0)
         save_autoencoder(Autoencoder(work.config), folder)
@@ -129,50 +86,22 @@ def measured(work: Work, settings: AutoencoderBenchmark) -> dict[str, Any]:
         ),
         "decode": (lambda: ours.decode(moments), lambda: under(lambda: theirs.decode(latent).sample)),
     }
-    return {name: _row(work, name, pair, settings) for name, pair in pairs.items()}
+    return {f"{work.name} {name}": _row(work, name, pair, settings) for name, pair in pairs.items()}
 
 
 def _row(
-    work: Work, name: str, pair: tuple[Callable[[], Tensor], Callable[[], Tensor]], settings: AutoencoderBenchmark
+    work: Work, name: str, pair: tuple[Callable[[], Tensor], Callable[[], Tensor]], settings: PairSettings
 ) -> dict[str, Any]:
     mine, other = pair[0](), pair[1]()
     apart = float(((mine - other).abs() / (1 + other.abs())).max())
     assert apart < TOLERANCE[work.precision], f"{work.name} {name}: the sides are {apart:.2g} apart"
-    repeats = 1
-    while not settings.quick and _clock(pair[1], repeats).wall < 1.0:
-        repeats *= 2
-    turns = quiet_turns(
-        lambda: (_clock(pair[0], repeats), _clock(pair[1], repeats)),
-        2 if settings.quick else settings.rounds,
-        1 if settings.quick else TRIES_PER_TURN,
-    )
-    rates = [_rates(turn, repeats * work.batch_size) for turn in turns]
-    ratios = [one / two for one, two in rates]
-    middle = [statistics.median(side) for side in zip(*rates, strict=True)]
-    print(
-        f"{work.name:18}{name:8}{middle[0]:9.1f}{middle[1]:9.1f}  {'':8}{statistics.median(ratios):8.2f}"
-        f"{min(ratios):7.2f}{max(ratios):7.2f}   {apart:.1g}"
-    )
-    return {
-        "images_per_second": {"ours": [one for one, _ in rates], "theirs": [two for _, two in rates]},
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "apart": apart,
-        "neighbours": [turn.neighbours for turn in turns],
-    }
-
-
-def _clock(work: Callable[[], Tensor], repeats: int) -> Clock:
-    start = Clock.now()  # both sides end on the CPU, so a GPU has been waited for
-    for _ in range(repeats):
-        work()
-    return Clock.now() - start
-
-
-def _rates(turn: Turn[tuple[Clock, Clock]], num_images: int) -> tuple[float, float]:
-    mine, other = turn.result
-    return num_images / mine.wall, num_images / other.wall
+    start = time.perf_counter()
+    pair[1]()
+    repeats = 1 if settings.quick else max(1, round(1 / (time.perf_counter() - start)))
+    result = in_turns(*pair, settings, repeats=repeats, images=work.batch_size) | {"apart": apart}
+    print(f"{line(f'{work.name} {name}', result)}   {apart:.1g} apart")
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    run("autoencoder", __doc__ or "", 1.2, CPU_WORKS, GPU_WORKS, measured)

@@ -11,54 +11,32 @@ matrix product on the same threads. On a GPU: Stable Diffusion 2's UNet in bf16.
 from __future__ import annotations
 
 import copy
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
-import tyro
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.config import Config
 from ldm.interop.diffusers import load_unet, save_unet
 from ldm.training.ema import Ema, EmaConfig
 from ldm.training.optim import OptimConfig, build_optimizer
 from ldm.types import Condition
 from ldm.unet import zoo
 from ldm.unet.model import UNet, UNetConfig
-from tests.benchmarks.neighbours import TRIES_PER_TURN, Clock, quiet_turns
+from pipeline.latent_config import Device
+from tests.benchmarks.network_pair import PairSettings, in_turns, line, run
 
-RESULTS = Path(__file__).parent / "results"
-GOAL = 1.3
 COMPARED_STEPS = 3
-TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
-PEAK_SIDE = {"cpu": 2048, "cuda": 8192}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnetStepBenchmark(Config):
-    """Images a second of a training step, against diffusers."""
-
-    device: str = "cpu"
-    """cpu or cuda."""
-    rounds: int = 5
-    """Turns of each side."""
-    threads: int = 2
-    """CPU threads."""
-    quick: bool = False
-    """Under a minute: two turns of the first network, however busy the machine is."""
-    save: bool = False
-    """Write the result beside the other results."""
+TOLERANCE = {Device.CPU: 1e-4, Device.CUDA: 2e-2}
+PEAK_SIDE = {Device.CPU: 2048, Device.CUDA: 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,56 +91,19 @@ class Side:
         return loss.detach()
 
 
-def main() -> None:
-    """Run both sides in turns and print the table."""
-    settings = tyro.cli(UnetStepBenchmark, description=__doc__)
-    torch.set_num_threads(settings.threads)
-    is_gpu = settings.device == "cuda"
-    machine = torch.cuda.get_device_name() if is_gpu else platform.processor()
-    record: dict[str, Any] = {"settings": settings.to_dict(), "machine": machine or platform.machine()}
-    record |= {"num_cores": len(os.sched_getaffinity(0)), "torch": torch.__version__, "works": {}}
-    peak = matmul_flops(settings.device)
-    record["matmul_gflops"] = peak / 1e9
-    print(f"{record['machine']}, {settings.threads} threads of {record['num_cores']} cores, torch {torch.__version__}")
-    print(f"matrix product: {peak / 1e9:,.0f} GFLOP/s")
-    print(f"{'':14}{'ours':>8}{'theirs':>8}  images/s{'ratio':>8}{'min':>7}{'max':>7}{'of the product':>16}")
-    works = GPU_WORKS if is_gpu else CPU_WORKS
-    for work in works[:1] if settings.quick else works:
-        record["works"][work.name] = measured(work, settings, peak)
-    record["ratio"] = min(work["ratio"] for work in record["works"].values())
-    if settings.save:
-        path = RESULTS / ("unet_step-cuda.json" if is_gpu else "unet_step.json")
-        path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"unet_step ratio {record['ratio']:.2f} (the least) goal {GOAL}")
-
-
-def measured(work: Work, settings: UnetStepBenchmark, peak: float) -> dict[str, Any]:
-    """Return rates and ratios of one network."""
-    ours, theirs = sides(work, settings.device)
+def measured(work: Work, settings: PairSettings) -> dict[str, Any]:
+    """Print and return rates and ratio of one network, and our share of the machine's matrix product."""
+    peak = matmul_flops(settings)
+    ours, theirs = sides(work, "cuda" if settings.is_gpu else "cpu")
     for number in range(COMPARED_STEPS):
         mine, other = float(ours.step()), float(theirs.step())
         apart = abs(mine - other) / other
         assert apart < TOLERANCE[settings.device], f"{work.name}: losses {mine} and {other} of step {number}"
-    turns = quiet_turns(
-        lambda: (_clock(ours, settings.device), _clock(theirs, settings.device)),
-        2 if settings.quick else settings.rounds,
-        1 if settings.quick else TRIES_PER_TURN,
-    )
-    rates = [[work.batch_size * _steps(settings.device) / side.wall for side in turn.result] for turn in turns]
-    ratios = [mine / other for mine, other in rates]
-    middle = [statistics.median(side) for side in zip(*rates, strict=True)]
-    share = middle[0] * step_flops(work) / peak
-    print(
-        f"{work.name:14}{middle[0]:8.1f}{middle[1]:8.1f}  {'':8}{statistics.median(ratios):8.2f}"
-        f"{min(ratios):7.2f}{max(ratios):7.2f}{share:16.0%}"
-    )
-    return {
-        "images_per_second": {"ours": [mine for mine, _ in rates], "theirs": [other for _, other in rates]},
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "share_of_matmul": share,
-        "neighbours": [turn.neighbours for turn in turns],
-    }
+    repeats = 10 if settings.is_gpu else 2
+    result = in_turns(ours.step, theirs.step, settings, repeats=repeats, images=work.batch_size)
+    share = statistics.median(result["images_per_second"]["ours"]) * step_flops(work) / peak
+    print(f"{line(work.name, result)}   {share:.0%} of {peak / 1e9:,.0f} GFLOP/s")
+    return {work.name: result | {"matmul_gflops": peak / 1e9, "share_of_matmul": share}}
 
 
 def sides(work: Work, device: str) -> tuple[Side, Side]:
@@ -215,37 +156,21 @@ def step_flops(work: Work) -> float:
     return 3.0 * counter.get_total_flops()
 
 
-def matmul_flops(device: str) -> float:
+@cache
+def matmul_flops(settings: PairSettings) -> float:
     """Return the FLOPs a second of a large square matrix product, in float32 on a CPU and in bf16 on a GPU."""
-    side = PEAK_SIDE[device]
-    left = torch.randn(side, side, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    side, repeats = PEAK_SIDE[settings.device], 10 if settings.is_gpu else 1
+    dtype = torch.bfloat16 if settings.is_gpu else torch.float32
+    left = torch.randn(side, side, device="cuda" if settings.is_gpu else "cpu", dtype=dtype)
     best = 0.0
     for _ in range(5):
         start = time.perf_counter()
-        for _ in range(10 if device == "cuda" else 1):
+        for _ in range(repeats):
             left @ left
-        _wait(device)
-        rate = (10 if device == "cuda" else 1) * 2.0 * side**3 / (time.perf_counter() - start)
-        best = max(best, rate)
+        settings.wait()
+        best = max(best, repeats * 2.0 * side**3 / (time.perf_counter() - start))
     return best
 
 
-def _steps(device: str) -> int:
-    return 10 if device == "cuda" else 2
-
-
-def _clock(side: Side, device: str) -> Clock:
-    start = Clock.now()
-    for _ in range(_steps(device)):
-        side.step()
-    _wait(device)
-    return Clock.now() - start
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 if __name__ == "__main__":
-    main()
+    run("unet_step", __doc__ or "", 1.3, CPU_WORKS, GPU_WORKS, measured)
