@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Generic, TypeVar
@@ -204,7 +205,8 @@ def _description(config: Config, recipes: Mapping[str, Callable[[str], Config]])
 
 
 def _first_line(documented: object) -> str:
-    return (inspect.getdoc(documented) or "").partition("\n")[0]
+    described = documented.func if isinstance(documented, partial) else documented
+    return (inspect.getdoc(described) or "").partition("\n")[0]
 
 
 def _unknown_recipe(job: str, name: str, recipes: Mapping[str, object]) -> str:

@@ -33,7 +33,7 @@ def main() -> None:
     if not is_main_process():
         return
     first = first_validation(config.root)["validation_loss"]
-    bounds = verdict(config, report["metrics"], first)
+    bounds = verdict(config, card.prediction, report["metrics"], first)
     for name, (sentence, holds) in bounds.items():
         print(f"{'pass' if holds else 'FAIL'}  {name}: {sentence}")
     for name, value in report["metrics"].items():

@@ -43,10 +43,15 @@ def diffusion_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 @pytest.mark.parametrize("kind", Prediction)
 def test_min_snr_weight_equals_its_closed_form(kind):
     at = SCHEDULE.scales(diffusion_case()[3])
-    snr = SCHEDULE.alphas_cumprod[[0, 120, 400, 999]] / (1 - SCHEDULE.alphas_cumprod[[0, 120, 400, 999]])
+    snr = SCHEDULE.log_snr[[0, 120, 400, 999]].exp()
     capped = torch.minimum(snr, torch.tensor(5.0, dtype=torch.float64))
-    expected = {Prediction.CLEAN: capped, Prediction.NOISE: capped / snr, Prediction.VELOCITY: capped / (snr + 1)}
-    weight = loss_weight(Weighting.MIN_SNR, kind, at).flatten()
+    expected = {
+        Prediction.CLEAN: capped,
+        Prediction.NOISE: capped / snr,
+        Prediction.VELOCITY: capped / (snr + 1),
+        Prediction.FLOW: capped / (snr.sqrt() + 1) ** 2,
+    }
+    weight = loss_weight(Weighting.MIN_SNR, kind, at, 5.0).flatten()
     torch.testing.assert_close(weight, expected[kind], rtol=1e-11, atol=0)
 
 
@@ -59,9 +64,9 @@ def test_min_snr_loss_of_one_estimate_is_the_same_for_every_prediction():
         estimate = clean_from(Prediction.NOISE, output, noisy, at)
         implied_noise = output
         same = target(kind, estimate, implied_noise, at)
-        losses.append(per_sample_loss(kind, same, clean, noise, at, Weighting.MIN_SNR))
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=0)
-    torch.testing.assert_close(losses[2], losses[0], rtol=1e-9, atol=0)
+        losses.append(per_sample_loss(kind, same, clean, noise, at, Weighting.MIN_SNR, gamma=5.0))
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("kind", Prediction)
@@ -78,7 +83,7 @@ def test_uniform_loss_is_the_mean_square_of_each_row(kind):
 def test_loss_of_the_target_is_zero(kind, weighting):
     clean, noise, _, times = diffusion_case()
     at = SCHEDULE.scales(times)
-    loss = per_sample_loss(kind, target(kind, clean, noise, at), clean, noise, at, weighting)
+    loss = per_sample_loss(kind, target(kind, clean, noise, at), clean, noise, at, weighting, gamma=1.0)
     assert loss.tolist() == [0.0] * 4
 
 

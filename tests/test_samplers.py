@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from ldm.diffusion.process import Prediction
-from ldm.diffusion.schedule import Scales, Schedule, ScheduleConfig, ScheduleKind
+from ldm.diffusion.schedule import Scales, Schedule, ScheduleConfig, ScheduleKind, betas
 from ldm.samplers.gaussian import GaussianData
 from ldm.samplers.grids import Grid, log_snr_times, time_grid
 from ldm.samplers.guidance import conditional_denoiser
@@ -291,13 +291,13 @@ def step_of(
 def test_ddim_path_equals_diffusers(eta, grid, spacing, num_steps):
     peer = DDIMScheduler(
         1000,
-        trained_betas=SCHEDULE.betas.double().numpy(),
+        trained_betas=betas(SCHEDULE.config).numpy(),
         clip_sample=False,
         set_alpha_to_one=True,
         timestep_spacing=spacing,
         steps_offset=0,
     )
-    peer.alphas_cumprod = SCHEDULE.alphas_cumprod  # diffusers rounds its table to float32; the law is about the path
+    peer.alphas_cumprod = SCHEDULE.log_snr.sigmoid()  # diffusers rounds its table to float32; the law is about the path
     peer.set_timesteps(num_steps)
     noises = randn(num_steps, 2, 4, 5, 5, seed=1)
     theirs = randn(2, 4, 5, 5)

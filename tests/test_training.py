@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,10 +18,9 @@ from ldm.training.local_launch import Outcome
 from ldm.training.state import is_due
 from pipeline.store.manifest import load_manifest
 from tests.tiny_latents import write_autoencoder, write_latents
-from tests.tiny_training import longer, run, stopping_after, tiny_config
+from tests.tiny_training import WEIGHTS, longer, run, same_weights, series, stopping_after, tiny_config
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-WEIGHTS = "model/unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(folder: Path) -> Outcome:
     return run(tiny_config(folder, "unbroken"))
-
-
-def record_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    lines = (folder / f"{name}-record" / "record.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def series(folder: Path, name: str, metric: str) -> dict[int, float]:
-    """Return a metric by samples seen; a repeated time must repeat its value."""
-    found: dict[int, float] = {}
-    for entry in record_of(folder, name):
-        if metric in entry.get("metrics", {}):
-            value = entry["metrics"][metric]
-            assert found.setdefault(entry["samples_seen"], value) == value
-    return found
-
-
-def same_weights(folder: Path, left: str, right: str) -> bool:
-    one, other = (load_weights(str(folder / name / WEIGHTS)) for name in (left, right))
-    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture

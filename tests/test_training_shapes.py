@@ -32,9 +32,12 @@ WEIGHTS = "model/unet/diffusion_pytorch_model.safetensors"
 
 
 class OneOfSeveral(World):
-    """A rank whose fellows are not there: its mean is its own value."""
+    """A rank whose fellows are not there: mean and total are its own value."""
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
 
@@ -104,8 +107,9 @@ def test_validation_on_several_shapes_is_as_many_forwards_on_every_rank(folder: 
             seed=0,
             preview=None,
         )
-        loss = task.validate()["validation_loss"]
-        found.append((network.num_forwards, loss))
+        found.append((network.num_forwards, task.validate()))
     assert len({forwards for forwards, _ in found}) == 1
-    whole = sum(loss for _, loss in found) / world  # a stand-in for the mean over ranks
-    assert whole == pytest.approx(1.0, abs=0.2)  # of a network that says nothing: the noise's own square
+    whole = {name: sum(measured[name] for _, measured in found) for name in found[0][1]}
+    assert whole["validation_loss"] == pytest.approx(1.0, abs=0.2)  # a network that says nothing: the noise's square
+    assert set(whole) == {"validation_loss", *(f"validation_loss_band_{band}" for band in range(4))}
+    assert all(value == pytest.approx(1.0, abs=0.4) for value in whole.values())  # of every band, whose rank it was

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from jobs.wiring.train_ldm import TrainLdmConfig, train_ldm_worker
 from ldm.conditioning.text import TextEncoderConfig
+from ldm.interop.weights import load_weights
 from ldm.training.ema import EmaConfig
 from ldm.training.local_launch import LaunchConfig, Outcome, Where
 from ldm.training.loop import LoopConfig, Progress
@@ -15,6 +20,8 @@ from ldm.training.optim import OptimConfig
 from ldm.training.tracking_config import TrackingConfig
 from ldm.unet.model import UNetConfig
 from tests.ranks import alone
+
+WEIGHTS = "model/unet/diffusion_pytorch_model.safetensors"
 
 
 def tiny_config(folder: Path, run: str = "run", total_samples: int = 64) -> TrainLdmConfig:
@@ -66,3 +73,25 @@ def stopping_after(config: TrainLdmConfig, num_steps: int) -> Outcome:
 def longer(config: TrainLdmConfig, total_samples: int) -> TrainLdmConfig:
     """Return the same training to another length."""
     return replace(config, loop=replace(config.loop, total_samples=total_samples))
+
+
+def record_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return the lines of a run's own record."""
+    lines = (folder / f"{name}-record" / "record.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def series(folder: Path, name: str, metric: str) -> dict[int, float]:
+    """Return a metric by samples seen; a repeated time must repeat its value."""
+    found: dict[int, float] = {}
+    for entry in record_of(folder, name):
+        if metric in entry.get("metrics", {}):
+            value = entry["metrics"][metric]
+            assert found.setdefault(entry["samples_seen"], value) == value
+    return found
+
+
+def same_weights(folder: Path, left: str, right: str) -> bool:
+    """Say whether two runs ended with the same UNet, bit for bit."""
+    one, other = (load_weights(str(folder / name / WEIGHTS)) for name in (left, right))
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)

@@ -124,8 +124,8 @@ class TrainLdmConfig(Config):
 
     def identity(self, manifest: Manifest) -> dict[str, object]:
         """Return what a checkpoint must have been made with to be resumed; lengths and intervals may change."""
-        parts = {"unet": self.unet, "objective": self.objective, "optim": self.optim, "ema": self.ema}
-        own = {name: part.to_dict() for name, part in parts.items()}
+        parts = {"unet": self.unet, "optim": self.optim, "ema": self.ema}
+        own = {name: part.to_dict() for name, part in parts.items()} | {"objective": self.objective.of_training()}
         engine: dict[str, object] = {"kind": self.engine.kind.value, "precision": self.engine.precision.value}
         if self.engine.kind is EngineKind.DEEPSPEED:  # its shards are loaded on as many workers, under the same stage
             engine |= {"zero_config": self.engine.zero_config, "num_workers": self.launch.num_workers}

@@ -1,10 +1,12 @@
-"""Noise schedule of a variance-preserving diffusion: timestep → (alpha, sigma).
+"""Noise schedule of a diffusion: timestep → (alpha, sigma).
 
-    z_t = alpha_t z_0 + sigma_t eps        alpha_t^2 + sigma_t^2 = 1        alpha_t^2 = prod_{i<=t} (1 - beta_i)
+    z_t = alpha_t z_0 + sigma_t eps
+    variance-preserving   alpha_t^2 + sigma_t^2 = 1        alpha_t^2 = prod_{i<=t} (1 - beta_i)
+    flow                  alpha_t + sigma_t = 1
 
-(Ho et al. 2020, eq. 4.) A network is trained at whole timesteps 0 ... T-1. Between them the log signal-to-noise ratio
-log(alpha^2 / sigma^2) is linear in t, so solvers may stop anywhere.
-Any negative timestep is the clean end: alpha 1, sigma 0.
+(Ho et al. 2020, eq. 4; Liu et al. 2023.) A network is trained at whole timesteps 0 ... T-1. Between them the log
+signal-to-noise ratio log(alpha^2 / sigma^2) is linear in t, so solvers may stop anywhere.
+Any negative timestep is the clean end: alpha 1, sigma 0. The last timestep may be pure noise: alpha 0.
 
 Letters: b batch, n number of timesteps.
 """
@@ -19,12 +21,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ldm.config import Config
+from ldm.config import Config, added_later
 
 CLEAN_TIMESTEP = -1.0
 """The timestep of clean data: what the last step of every sampler goes to."""
 COSINE_OFFSET = 0.008
 MAX_COSINE_BETA = 0.999
+EDM_SIGMAS = (0.004, 160.0)
+EDM_RHO = 7.0
+LEAST_LOG_SNR = -40.0
+"""Where a last timestep without signal is taken to lie when times before it are looked for: alpha 2e-9."""
 
 
 class ScheduleKind(StrEnum):
@@ -36,6 +42,14 @@ class ScheduleKind(StrEnum):
     """beta is linear in t (Ho et al. 2020)."""
     COSINE = "cosine"
     """alpha^2 is a squared cosine (Nichol and Dhariwal 2021, eq. 17); start and end are not used."""
+    EDM = "edm"
+    """sigma / alpha grows from 0.004 to 160 by its seventh root, on the variance-preserving path (Karras et al. 2022,
+    eq. 5: theirs are for data of deviation 0.5, scaled latents have 1, so every sigma is twice as large). The target
+    of their network is the negative velocity, and their weight is the same for all sigmas there: prediction velocity,
+    weighting uniform and timesteps log_normal of mean -0.507 (theirs is -1.2, plus log 2) and deviation 1.2 are their
+    training. start and end are not used."""
+    FLOW = "flow"
+    """sigma grows evenly from 1 / T to 1 and alpha is the rest (Liu et al. 2023); start and end are not used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,12 +64,27 @@ class ScheduleConfig(Config):
     """Variance of the last forward step."""
     num_timesteps: int = 1000
     """Number of forward steps."""
+    has_zero_terminal_snr: bool = added_later(False)
+    """Whether the schedule is stretched until its last timestep is pure noise (Lin et al. 2024, algorithm 1); flow's
+    always is."""
+    shift: float = added_later(1.0)
+    """How far flow's times move towards noise: sigma becomes shift sigma / (1 + (shift - 1) sigma) (Esser et al. 2024,
+    eq. 23); for four times the pixels of a schedule that is right, 2."""
 
     def __post_init__(self) -> None:
         if not 0 < self.start < self.end < 1:
             raise ValueError(f"schedule variances must satisfy 0 < start < end < 1, got {self.start} and {self.end}")
         if self.num_timesteps < 2:
             raise ValueError(f"num_timesteps must be at least 2, got {self.num_timesteps}")
+        if self.shift <= 0 or (self.shift != 1 and self.kind is not ScheduleKind.FLOW):
+            raise ValueError(f"shift must be positive and is flow's, got {self.shift} for {self.kind.value}")
+        if self.has_zero_terminal_snr and self.kind in (ScheduleKind.EDM, ScheduleKind.FLOW):
+            raise ValueError(f"has_zero_terminal_snr stretches a schedule of betas, got {self.kind.value}")
+
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether alpha is 0 at the last timestep, where the noise tells nothing of the clean latent."""
+        return self.has_zero_terminal_snr or self.kind is ScheduleKind.FLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +110,12 @@ class Schedule:
 
     Attributes:
         config: what the table was made from.
-        betas: variances of the forward steps, shape (n,), float64.
-        alphas_cumprod: alpha_t^2, shape (n,), float64.
-        log_snr: log(alpha_t^2 / sigma_t^2), shape (n,), float64, strictly decreasing.
+        log_snr: log(alpha_t^2 / sigma_t^2), shape (n,), float64, strictly decreasing; the last may be -infinity.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
-        self.betas = betas(config)
-        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
-        self.log_snr = torch.logit(self.alphas_cumprod)
+        self.log_snr = log_snr_table(config)
 
     @property
     def num_timesteps(self) -> int:
@@ -106,37 +131,69 @@ class Schedule:
         """
         if timestep.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"timesteps must be float32 or float64, got {timestep.dtype}")
-        log_snr = self.log_snr_at(timestep)[:, None, None, None]
-        alpha = log_snr.sigmoid().sqrt()
-        sigma = (-log_snr).sigmoid().sqrt()
-        return Scales(alpha.to(timestep.dtype), sigma.to(timestep.dtype))
+        at = self._scales_of(self.log_snr_at(timestep)[:, None, None, None])
+        return Scales(at.alpha.to(timestep.dtype), at.sigma.to(timestep.dtype))
 
     def scales_at(self, timestep: float) -> Scales:
         """Return alpha and sigma of one time, shape (), float64 on the CPU: in products they act as plain numbers."""
         if timestep >= self.num_timesteps:
             raise ValueError(f"timestep {timestep} lies beyond the schedule's {self.num_timesteps}")
-        log_snr = self.log_snr_at(torch.tensor([timestep], dtype=torch.float64))[0]
-        return Scales(log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt())
+        return self._scales_of(self.log_snr_at(torch.tensor([timestep], dtype=torch.float64))[0])
 
     def log_snr_at(self, timestep: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Return log(alpha^2 / sigma^2) at each time, float64, linear between whole timesteps; infinite where clean."""
         time = timestep.double()
-        table = self.log_snr.to(time.device)
+        table = self._finite.to(time.device)
         lower = time.floor().long().clamp(0, self.num_timesteps - 2)
         between = torch.lerp(table[lower], table[lower + 1], time - lower)
+        if self.config.ends_without_signal:
+            between = torch.where(time >= self.num_timesteps - 1, -math.inf, between)
         return torch.where(time < 0, math.inf, between)
 
     def timestep_at(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Return the time of each log signal-to-noise ratio, float64: the inverse of `log_snr_at` on [0, n - 1]."""
-        rising = -self.log_snr.to(log_snr.device)
-        wanted = -log_snr.double()
+        rising = -self._finite.to(log_snr.device)
+        wanted = -log_snr.double().clamp(min=LEAST_LOG_SNR)
         lower = (torch.searchsorted(rising, wanted, right=True) - 1).clamp(0, self.num_timesteps - 2)
         share = (wanted - rising[lower]) / (rising[lower + 1] - rising[lower])
         return (lower + share).clamp(0, self.num_timesteps - 1)
 
+    @property
+    def _finite(self) -> Float[Tensor, " n"]:
+        return self.log_snr.clamp(min=LEAST_LOG_SNR) if self.config.ends_without_signal else self.log_snr
+
+    def _scales_of(self, log_snr: Float[Tensor, "..."]) -> Scales:
+        if self.config.kind is ScheduleKind.FLOW:
+            return Scales((0.5 * log_snr).sigmoid(), (-0.5 * log_snr).sigmoid())
+        return Scales(log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt())
+
+
+def log_snr_table(config: ScheduleConfig) -> Float[Tensor, " n"]:
+    """Return log(alpha^2 / sigma^2) of each whole timestep, float64."""
+    steps = torch.arange(config.num_timesteps, dtype=torch.float64)
+    match config.kind:
+        case ScheduleKind.EDM:
+            low, high = (sigma ** (1 / EDM_RHO) for sigma in EDM_SIGMAS)
+            return -2 * EDM_RHO * torch.log(low + steps / (config.num_timesteps - 1) * (high - low))
+        case ScheduleKind.FLOW:
+            even = (steps + 1) / config.num_timesteps
+            sigma = config.shift * even / (1 + (config.shift - 1) * even)
+            return -2 * torch.logit(sigma)
+        case _:
+            cumulated = torch.cumprod(1 - betas(config), dim=0)
+            if not config.has_zero_terminal_snr:
+                return torch.logit(cumulated)
+            alpha = cumulated.sqrt()
+            stretched = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+            return torch.logit(stretched.square())
+
 
 def betas(config: ScheduleConfig) -> Float[Tensor, " n"]:
-    """Return the variances of the forward steps, float64."""
+    """Return the variances of the forward steps of a schedule that is made of them, float64, before any stretching.
+
+    Raises:
+        ValueError: for schedules that are not.
+    """
     num = config.num_timesteps
     match config.kind:
         case ScheduleKind.SCALED_LINEAR:
@@ -147,3 +204,5 @@ def betas(config: ScheduleConfig) -> Float[Tensor, " n"]:
             progress = torch.arange(num + 1, dtype=torch.float64) / num
             signal = torch.cos((progress + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2).square()
             return (1 - signal[1:] / signal[:-1]).clamp(max=MAX_COSINE_BETA)
+        case _:
+            raise ValueError(f"schedule {config.kind.value} is not made of betas")

@@ -2,7 +2,8 @@
 
     row i of n:   t_i = T (i + 1/2) / n        loss = mean_i || output - target ||^2        (Ho et al. 2020, eq. 14)
 
-With fixed draws two measurements differ only by the network, so a curve of them is smooth and two runs compare.
+With fixed draws two measurements differ only by the network, so a curve of them is smooth, and two runs of one
+schedule and prediction compare.
 
 Letters: b batch, c latent channel, h latent row, w latent column.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from ldm.diffusion.process import Prediction, corrupt
 from ldm.diffusion.schedule import Schedule
 from ldm.latents import LatentSpace
-from ldm.losses.diffusion import Weighting, per_sample_loss
+from ldm.losses.diffusion import per_sample_loss
 from ldm.randomness import Draw, normal
 from ldm.samplers.guidance import Network
 from ldm.types import Condition, LatentBatch, SampleIndex
@@ -64,4 +65,4 @@ class Denoising:
         at = self.schedule.scales(timestep)
         noisy = corrupt(clean, noise, at)
         output = network(noisy, timestep, condition or batch.condition).float()
-        return per_sample_loss(self.prediction, output, clean, noise, at, Weighting.UNIFORM)
+        return per_sample_loss(self.prediction, output, clean, noise, at)

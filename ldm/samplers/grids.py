@@ -34,11 +34,14 @@ def time_grid(grid: Grid, schedule: Schedule, num_steps: int) -> Float[Tensor, "
     """Return num_steps falling timesteps and the clean end, float64.
 
     Raises:
-        ValueError: if num_steps is not between 1 and the schedule's number of timesteps.
+        ValueError: if num_steps is not between 1 and the schedule's number of timesteps, or the grid leaves out a last
+            timestep without signal, where pure noise belongs.
     """
     total = schedule.num_timesteps
     if not 1 <= num_steps <= total:
         raise ValueError(f"num_steps must lie between 1 and the schedule's {total} timesteps, got {num_steps}")
+    if grid is Grid.LEADING and schedule.config.ends_without_signal:
+        raise ValueError("grid leading starts below the last timestep, and this schedule's pure noise is there alone")
     steps = torch.arange(num_steps, dtype=torch.float64)
     match grid:
         case Grid.TRAILING:
@@ -53,6 +56,12 @@ def time_grid(grid: Grid, schedule: Schedule, num_steps: int) -> Float[Tensor, "
 
 
 def log_snr_times(schedule: Schedule, num_times: int) -> Float[Tensor, " k"]:
-    """Return falling times from the last timestep to 0, evenly spaced in log signal-to-noise ratio."""
-    log_snr = torch.linspace(float(schedule.log_snr[-1]), float(schedule.log_snr[0]), num_times, dtype=torch.float64)
-    return schedule.timestep_at(log_snr)
+    """Return falling times from the last timestep to 0, evenly spaced in log signal-to-noise ratio.
+
+    A last timestep without signal lies infinitely far away: it comes first, and the others begin at the one before it.
+    """
+    is_apart = schedule.config.ends_without_signal
+    noisiest, num_even = (-2, num_times - 1) if is_apart else (-1, num_times)
+    ends = float(schedule.log_snr[noisiest]), float(schedule.log_snr[0])
+    even = schedule.timestep_at(torch.linspace(*ends, num_even, dtype=torch.float64))
+    return torch.cat([torch.tensor([schedule.num_timesteps - 1.0], dtype=torch.float64), even]) if is_apart else even

@@ -69,12 +69,12 @@ def ddpm(step: Step) -> Latent:
 
 
 def ddim(step: Step) -> Latent:
-    """Return the implicit step (Song et al. 2021, eq. 12 and 16): eta 0 is deterministic, eta 1 is ancestral."""
+    """Return the implicit step (Song et al. 2021, eq. 12 and 16): eta 0 is deterministic, eta 1 is `ddpm`."""
     now, then = step.now, step.then
     noise = (step.noisy - now.alpha * step.clean) / now.sigma
     if step.eta == 0 or step.is_last:
         return then.alpha * step.clean + then.sigma * noise
-    ancestral = then.sigma / now.sigma * (1 - (now.alpha / then.alpha).square()).sqrt()
+    ancestral = then.sigma / now.sigma * (now.sigma.square() - (now.alpha / then.alpha * then.sigma).square()).sqrt()
     fresh = step.eta * ancestral
     kept = (then.sigma.square() - fresh.square()).sqrt()
     return then.alpha * step.clean + kept * noise + fresh * step.draw_noise()
@@ -83,12 +83,14 @@ def ddim(step: Step) -> Latent:
 def heun(step: Step) -> Latent:
     """Return a second-order step of the probability flow (Karras et al. 2022, algorithm 1).
 
-    It calls the network twice, but once at the last step. In x = z / alpha and rho = sigma / alpha the flow is
-    dx / drho = (x - D) / rho.
+    It calls the network twice, but once at the last step, and at a first one without signal, where it is `ddim`'s. In
+    x = z / alpha and rho = sigma / alpha the flow is dx / drho = (x - D) / rho.
     """
     now, then = step.now, step.then
     if step.is_last:
         return step.clean
+    if not bool(now.alpha):
+        return ddim(step)
     rho_now = now.sigma / now.alpha
     rho_then = then.sigma / then.alpha
     start = step.noisy / now.alpha

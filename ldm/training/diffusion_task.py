@@ -8,10 +8,10 @@ Letters: b batch, c latent channel, h latent row, w latent column.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +20,15 @@ from ldm.conditioning.rows import RowConditions
 from ldm.config import Config, added_later
 from ldm.diffusion.process import Prediction, corrupt
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
+from ldm.diffusion.timesteps import TimestepConfig, TimestepLaw, timesteps
 from ldm.evaluation.denoising import Denoising
 from ldm.latents import LatentSpace
 from ldm.losses.diffusion import ErrorNorm, Weighting, per_sample_loss
-from ldm.randomness import Draw, normal, uniform
+from ldm.randomness import Draw, normal
 from ldm.training.engine import Engine
 from ldm.training.optim import OptimConfig, learning_rate
 from ldm.training.world import World
-from ldm.types import Condition, Image, LatentBatch
+from ldm.types import Condition, Image, Latent, LatentBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,17 +38,76 @@ class ObjectiveConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     """Noise schedule."""
     prediction: Prediction = Prediction.NOISE
-    """What the network puts out: noise (the paper), velocity or clean."""
+    """What the network puts out: noise (the paper), velocity, clean or flow."""
     weighting: Weighting = Weighting.UNIFORM
-    """How timesteps weigh in the loss: uniform (the paper) or min_snr."""
+    """How timesteps weigh in the loss: uniform (the paper), min_snr, p2 or edm."""
     norm: ErrorNorm = added_later(ErrorNorm.L2)
-    """How far an output is from its target in training: l2 or l1; validation always measures l2."""
+    """How far an output is from its target in training: l2, l1 or huber; validation always measures l2."""
     validation_rows: int = 384
     """Held-out rows of a validation, rounded down to a multiple of 64 (or to what there is, if less)."""
+    timesteps: TimestepConfig = added_later(TimestepConfig())
+    """How training timesteps are drawn; validation always spreads them evenly."""
+    min_snr_gamma: float = added_later(5.0)
+    """Signal-to-noise ratio from which min_snr's weight grows no more."""
+    p2_gamma: float = added_later(1.0)
+    """Exponent of p2's weight; 0 is uniform for noise."""
+    offset_noise: float = added_later(0.0)
+    """Deviation of noise that is alike over a whole channel, added to the others'; 0 for none, 0.1 is usual. It lets
+    the mean of a picture be learned where the last timestep keeps some of it."""
+    validation_bands: int = added_later(4)
+    """Equal parts of the timesteps, the least noisy first, for each of which the validation loss is told too; 0 tells
+    the whole alone."""
+    has_raw_validation: bool = added_later(False)
+    """Whether the weights as they are, not averaged, are validated too: a second pass."""
 
     def __post_init__(self) -> None:
-        if self.norm is ErrorNorm.L1 and self.weighting is not Weighting.UNIFORM:
-            raise ValueError(f"weighting {self.weighting.value} is made for squares: norm l1 goes with uniform")
+        if self.norm is not ErrorNorm.L2 and self.weighting is not Weighting.UNIFORM:
+            raise ValueError(
+                f"weighting {self.weighting.value} is made for squares: norm {self.norm.value} goes with uniform"
+            )
+        if self.prediction is Prediction.NOISE and self.schedule.ends_without_signal:
+            raise ValueError(
+                "at a last timestep without signal the noise tells nothing of the picture: a schedule of kind flow or "
+                "with has_zero_terminal_snr goes with prediction velocity, flow or clean"
+            )
+        if self.schedule.ends_without_signal:
+            self._refuse_neglect_of_pure_noise()
+        for name in ("offset_noise", "validation_bands"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"objective.{name} can't be negative, got {getattr(self, name)}")
+        for name, weighting, usual in (("min_snr_gamma", Weighting.MIN_SNR, 5.0), ("p2_gamma", Weighting.P2, 1.0)):
+            found = getattr(self, name)
+            if found <= 0 or (found != usual and self.weighting is not weighting):
+                raise ValueError(f"objective.{name} must be positive and belongs to {weighting.value}, got {found}")
+
+    def _refuse_neglect_of_pure_noise(self) -> None:
+        """Sampling begins at the last timestep: what hardly trains there, or not on plain noise, begins badly."""
+        neglect = {
+            f"weighting {self.weighting.value}": self.weighting in (Weighting.MIN_SNR, Weighting.P2),
+            f"timesteps.law {self.timesteps.law.value}": self.timesteps.law is TimestepLaw.LOG_NORMAL,
+            f"offset_noise {self.offset_noise}": self.offset_noise > 0,
+        }
+        if found := [name for name, is_there in neglect.items() if is_there]:
+            raise ValueError(
+                f"{' and '.join(found)} would leave a last timestep without signal, where sampling begins, untrained: "
+                "take another, or a schedule that keeps some signal"
+            )
+
+    @property
+    def gamma(self) -> float | None:
+        """The number of the weighting, where it has one."""
+        match self.weighting:
+            case Weighting.MIN_SNR:
+                return self.min_snr_gamma
+            case Weighting.P2:
+                return self.p2_gamma
+            case _:
+                return None
+
+    def of_training(self) -> dict[str, Any]:
+        """Return what a checkpoint must have been made with to be resumed: without what is only measured."""
+        measured = ("validation_bands", "has_raw_validation")
+        return {name: value for name, value in self.to_dict().items() if name not in measured}
 
 
 class HeldOut(Protocol):
@@ -120,21 +180,35 @@ class DiffusionTask:
         return {"loss": torch.stack(losses).mean(), "grad_norm": norm, "learning_rate": lr}
 
     def validate(self) -> dict[str, float]:
-        """Return the denoising loss on held-out rows with the averaged weights."""
+        """Return the denoising loss on held-out rows with the averaged weights: of all timesteps, and by band."""
+        with self.engine.averaged():
+            measured = self._validation_losses("validation_loss")
+        if self.objective.has_raw_validation:
+            measured |= self._validation_losses("validation_loss_raw")
+        return measured
+
+    @torch.no_grad()
+    def _validation_losses(self, name: str) -> dict[str, float]:
         num_rows = usable_rows(min(self.held_out.num_rows, self.objective.validation_rows))
         measure = Denoising(
             schedule=self._schedule, prediction=self.objective.prediction, space=self.space, num_rows=num_rows
         )
         spans = list(self.held_out.spans(0, num_rows, min(64, -(-num_rows // self.world.size))))
-        total = torch.zeros((), device=self.world.device)
-        with self.engine.averaged(), torch.no_grad():
-            # Every rank makes as many forwards, since under ZeRO-3 each is one of all ranks; some of no account.
-            for first in range(0, len(spans), self.world.size):
-                number = first + self.world.rank
-                rows = self.held_out.rows(*spans[min(number, len(spans) - 1)])
-                losses = measure.losses(self._network, self._on_device(rows, self.conditions.whole(rows))).sum()
-                total += losses if number < len(spans) else 0 * losses
-        return {"validation_loss": float(self.world.mean(total)) * self.world.size / num_rows}
+        losses = torch.zeros(num_rows, device=self.world.device)
+        # Every rank makes as many forwards, since under ZeRO-3 each is one of all ranks; some of no account.
+        for first in range(0, len(spans), self.world.size):
+            number = first + self.world.rank
+            rows = self.held_out.rows(*spans[min(number, len(spans) - 1)])
+            found = measure.losses(self._network, self._on_device(rows, self.conditions.whole(rows)))
+            if number < len(spans):
+                losses[rows.samples.to(losses.device)] = found
+        losses = self.world.total(losses).cpu()
+        measured = {name: float(losses.mean())}
+        num_bands = min(self.objective.validation_bands, num_rows)
+        if num_bands > 1:  # timesteps grow with the row's number
+            bands = enumerate(losses.tensor_split(num_bands))
+            measured |= {f"{name}_band_{number}": float(band.mean()) for number, band in bands}
+        return measured
 
     def pictures(self) -> dict[str, Image]:
         """Return sample images of the averaged weights."""
@@ -147,11 +221,11 @@ class DiffusionTask:
         device = self.world.device
         rows = batch.samples.tolist()
         shape = (self.space.num_channels, *batch.moments.shape[-2:])
-        noise = normal(self.seed, Draw.NOISE, rows, shape).to(device)
+        noise = training_noise(self.seed, rows, shape, self.objective.offset_noise).to(device)
         posterior_noise = None
         if self.space.kind.has_log_variance:
             posterior_noise = normal(self.seed, Draw.POSTERIOR, rows, shape).to(device)
-        timestep = (uniform(self.seed, Draw.TIMESTEP, rows) * self._schedule.num_timesteps).floor().float().to(device)
+        timestep = timesteps(self.objective.timesteps, self._schedule, self.seed, rows).to(device)
         on_device = self._on_device(batch, self.conditions.drawn(batch))
         clean = self.space.scaled(on_device.moments, posterior_noise)
         at = self._schedule.scales(timestep)
@@ -159,7 +233,7 @@ class DiffusionTask:
         output = self._network(noisy, timestep, on_device.condition).float()
         objective = self.objective
         loss = per_sample_loss(
-            objective.prediction, output, clean, noise, at, objective.weighting, objective.norm
+            objective.prediction, output, clean, noise, at, objective.weighting, objective.norm, objective.gamma
         ).mean()
         losses.append(loss.detach())
         return loss
@@ -176,6 +250,12 @@ class DiffusionTask:
             moments=batch.moments.to(device, torch.float32, non_blocking=True),
             condition=condition.to(device, torch.float32),
         )
+
+
+def training_noise(seed: int, rows: Sequence[int], shape: tuple[int, int, int], offset: float) -> Latent:
+    """Return the noise of rows: standard normal, and more of deviation `offset` that a whole channel shares."""
+    noise = normal(seed, Draw.NOISE, rows, shape)
+    return noise if not offset else noise + offset * normal(seed, Draw.OFFSET, rows, (shape[0], 1, 1))
 
 
 def call_in_own_dtype(engine: Engine, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
