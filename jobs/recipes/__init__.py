@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jobs.recipes import emoji, folder, laion, paper, reshard
+from jobs.recipes import emoji, folder, laion, paper, reshard, shipped
 from jobs.wiring.evaluate import EvaluateConfig
 from jobs.wiring.precompute_latents import PrecomputeLatentsConfig
 from jobs.wiring.sample import SampleConfig
@@ -20,11 +20,14 @@ SHARD_DATASET: dict[str, Callable[[str], ShardDatasetConfig]] = {
     "folder": folder.shard_dataset,
     "laion": laion.shard_dataset,
     "reshard": reshard.shard_dataset,
+    "shipped": shipped.shard_dataset,
 }
 TRAIN_AUTOENCODER: dict[str, Callable[[str], TrainAutoencoderConfig]] = {
     "emoji": emoji.train_autoencoder,
     "folder": folder.train_autoencoder,
     "laion": laion.train_autoencoder,
+    "small_f4": shipped.small_f4,
+    "small_f8": shipped.small_f8,
     **paper.TRAIN_AUTOENCODER,
 }
 PRECOMPUTE_LATENTS: dict[str, Callable[[str], PrecomputeLatentsConfig]] = {

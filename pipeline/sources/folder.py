@@ -50,6 +50,9 @@ class FolderConfig(Config):
     map_suffix: str = added_later("")
     """What follows a picture's name in that of its semantic map, an eight-bit PNG, a class a pixel: `_map.png` for
     `a/b_map.png` beside `a/b.jpg`. Empty for none."""
+    has_folders_whole: bool = added_later(False)
+    """Whether all images of a folder fall to the same split, by the folder's path: for several pictures of one thing.
+    """
 
     def __post_init__(self) -> None:
         """Refuse what makes no dataset."""
@@ -99,6 +102,11 @@ class _Entry:
             return key_of(f"file:{_encodable(self.name)}")
         # By what is wrong, not where: rows added above it in the metadata file rename nothing.
         return key_of(f"no-file:{_encodable(self.mentions[0][0])}:{self.said}")
+
+    @property
+    def folder(self) -> str:
+        """Path of its folder inside the folder; "" for the uppermost."""
+        return os.path.dirname(_encodable(self.name or self.mentions[0][0]))
 
 
 class FolderSource:
@@ -158,7 +166,8 @@ class FolderSource:
     @cached_property
     def _listing(self) -> Listing[_Entry]:
         share = self.config.holdout_share
-        entries = ((split_of(entry.key, share), entry) for entry in self._found.entries)
+        whole = self.config.has_folders_whole
+        entries = ((split_of(entry.folder if whole else entry.key, share), entry) for entry in self._found.entries)
         return Listing.of(entries, self.config.rows_per_shard).without(self._known)
 
     def _metadata_rows(self, metadata: str, entries: Sequence[_Entry]) -> dict[int, Mapping[str, Any]]:
