@@ -18,8 +18,8 @@ help: ## list the targets
 
 install: $(INSTALLED) ## make .venv with everything in it; skipped when nothing changed
 
-demo: $(INSTALLED) ## data, autoencoder, latents, diffusion, evaluation, pictures: the whole pipeline, small, on the CPU
-	$(PY) -m jobs.demo
+demo: $(INSTALLED) ## the whole pipeline, small, on the CPU: data to pictures; DEMO="--stage1 train" trains stage 1 too
+	$(PY) -m jobs.demo $(DEMO)
 
 test: $(INSTALLED) ## all tests but the slow ones
 	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder

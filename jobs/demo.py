@@ -1,6 +1,7 @@
 """The whole pipeline on the embedded default: every job, one after the other, as a person would start them.
 
-python -m jobs.demo [--home DIR]: what is there is not done again; one Ray serves all the jobs, as a cluster would.
+python -m jobs.demo [--home DIR] [--stage1 train]: what is there is not done again; one Ray serves all the jobs, as a
+cluster would.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,19 +20,11 @@ from rich.table import Table
 from jobs.command_line import placed, report_errors
 from jobs.recipes.emoji import sample, train_ldm
 from jobs.session import PROJECT, prepare, ray_session
+from jobs.wiring.demo import Stage, Stage1, announcement, stages
 from jobs.wiring.process import run_job
 from jobs.wiring.recording import run_of
 from ldm import storage
 from pipeline.store.manifest import load_manifest
-
-STAGES = {
-    "shard_dataset": "dataset",
-    "train_autoencoder": "autoencoder/model",
-    "precompute_latents": "latents",
-    "train_ldm": "ldm/model",
-    "evaluate": "ldm/evaluation.json",
-    "sample": "samples",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,37 +33,40 @@ class Demo:
 
     home: str = "runs/emoji"
     """Folder that everything is put under."""
+    stage1: Stage1 = Stage1.SHIPPED
+    """Whether the autoencoder is the one that comes with the project, or is trained too."""
 
 
 @report_errors()
 def main() -> None:
     """Run the jobs; stop at the first that fails, and say how to go on."""
     prepare()
-    home = placed(tyro.cli(Demo).home)
-    console = Console()
-    seconds: dict[str, float] = {}
-    is_done = all(storage.exists(f"{home}/{place}") for place in STAGES.values())
+    asked = tyro.cli(Demo)
+    home, console = placed(asked.home), Console()
+    jobs = stages(home, asked.stage1)
+    print(announcement(asked.stage1))
+    seconds: list[float] = []
+    is_done = all(storage.exists(f"{home}/{stage.place}") for stage in jobs)
     with nullcontext("") if is_done else ray_session() as os.environ["RAY_ADDRESS"]:
-        for number, job in enumerate(STAGES, start=1):
-            console.rule(f"[bold]{number}/{len(STAGES)} jobs/{job}.py", align="left")
+        for number, stage in enumerate(jobs, start=1):
+            console.rule(f"[bold]{number}/{len(jobs)} jobs/{stage.job}.py", align="left")
             started = time.monotonic()
-            if code := run_job([f"jobs.{job}", "emoji", "--home", home], str(PROJECT)):
-                console.print(f"jobs/{job}.py ended with code {code}; the same command goes on from what is there")
+            if code := run_job([f"jobs.{stage.job}", "emoji", "--home", home, *stage.words], str(PROJECT)):
+                console.print(f"{stage.job} ended with code {code}; the same command goes on from what is there")
                 sys.exit(code)
-            seconds[job] = time.monotonic() - started
-    _report(console, home, seconds)
+            seconds.append(time.monotonic() - started)
+    _report(console, home, jobs, seconds)
 
 
-def _report(console: Console, home: str, seconds: dict[str, float]) -> None:
+def _report(console: Console, home: str, jobs: Sequence[Stage], seconds: Sequence[float]) -> None:
     table = Table("stage", "rows", "seconds", "result", title=f"in {home}", title_justify="left")
-    for job, place in STAGES.items():
-        shards = load_manifest(f"{home}/{place}").shards if job in ("shard_dataset", "precompute_latents") else ()
-        rows = sum(shard.num_rows for shard in shards)
-        table.add_row(job, f"{rows:,}" if rows else "", f"{seconds[job]:.0f}", place)
-    table.add_row("all", "", f"{sum(seconds.values()):.0f}", "")
+    for stage, taken in zip(jobs, seconds, strict=True):
+        has_rows = stage.place in ("dataset", "latents")
+        rows = sum(shard.num_rows for shard in load_manifest(f"{home}/{stage.place}").shards) if has_rows else 0
+        table.add_row(stage.job, f"{rows:,}" if rows else "", f"{taken:.0f}", stage.place)
+    table.add_row("all", "", f"{sum(seconds):.0f}", "")
     console.print(table)
-    config = train_ldm(home)
-    run = run_of(config.record)
+    run = run_of((config := train_ldm(home)).record)
     print(f"picture  {sample(home).picture_path()}")
     print(f"MLflow   {sys.prefix}/bin/mlflow ui --backend-store-uri {config.tracking.uri} --port 5000")
     print(f"         then open http://127.0.0.1:5000/#/experiments/{run['experiment_id']}/runs/{run['run_id']}")

@@ -1,5 +1,6 @@
 """The autoencoder of a model by its address, whatever kind of address that is.
 
+    shipped:small_f4                    one that comes with this project (`SHIPPED` lists them), trained on drawings
     FOLDER or URL                       diffusers' layout (ours), or the root of a pipeline or model with vae/ or vqvae/
     FILE or URL .safetensors .ckpt .pt  a checkpoint in the layout of CompVis, its YAML beside it if there is one
     org/name[@revision][/inside]        either of them at the hub; hf://org/name too; a local folder of that name wins
@@ -24,6 +25,7 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import cached_assets_path, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from ldm import autoencoder as autoencoder_package
 from ldm import storage
 from ldm.autoencoder.model import Autoencoder
 from ldm.interop import compvis, diffusers
@@ -33,6 +35,9 @@ EVALUATION_FILE = "evaluation.json"
 """Beside an autoencoder's weights: what its training measured on held-out rows at the end."""
 MLFLOW_SCHEMES = ("models:/", "runs:/")
 HUB_SCHEME = "hf://"
+SHIPPED_SCHEME = "shipped:"
+SHIPPED = ("small_f4", "small_f8")
+"""The autoencoders that come with this project; the README.md in each one's folder is its model card."""
 CHECKPOINT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 SUBFOLDERS = ("", "vae", "vqvae")
 """Where in a folder an autoencoder in diffusers' layout may lie; pipelines from before 2022's end say vqvae."""
@@ -128,9 +133,12 @@ def find_autoencoder(where: str) -> Place:
         ValueError: if the address is empty.
     """
     if not where:
-        raise ValueError("the autoencoder's address is empty; give a folder, file, URL, hub name or models:/NAME/1")
+        kinds = "folder, file, URL, hub name, models:/NAME/1 or shipped:NAME"
+        raise ValueError(f"the autoencoder's address is empty; give a {kinds}")
     if where.startswith(HUB_SCHEME):
         return _at_the_hub(where.removeprefix(HUB_SCHEME))
+    if where.startswith(SHIPPED_SCHEME):
+        return _shipped(where.removeprefix(SHIPPED_SCHEME))
     local = Path(where).expanduser()
     if "://" in where:
         return _place(where)
@@ -141,6 +149,12 @@ def find_autoencoder(where: str) -> Place:
     if where.startswith(_LOCAL_ONLY) or is_below_a_folder or not _HUB_NAME.fullmatch(where):
         raise NoAutoencoderError(f"there is no autoencoder at {where}: no such file or folder")
     return _at_the_hub(where)
+
+
+def _shipped(name: str) -> Place:
+    if name not in SHIPPED:
+        raise NoAutoencoderError(f"there is no shipped autoencoder {name!r}; there are {', '.join(SHIPPED)}")
+    return Place(path=str(Path(autoencoder_package.__file__).parent / "shipped" / name))
 
 
 def _place(where: str, named: str = "") -> Place:

@@ -123,7 +123,7 @@ class LatentsConfig(Config):
     dataset: str
     """Folder or URL of the finished dataset."""
     autoencoder: str
-    """The autoencoder: folder, checkpoint, URL, hub name, or models:/NAME/1 at MLflow."""
+    """The autoencoder: folder, checkpoint, URL, hub name, models:/NAME/1 at MLflow, or shipped:small_f4."""
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """Which text encoder embeds the captions."""
     text_storage: TextStorage = TextStorage.EMBEDDED

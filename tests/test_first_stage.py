@@ -17,14 +17,27 @@ from jobs.wiring.first_stage import settled
 from jobs.wiring.registering import register_model
 from jobs.wiring.train_ldm import TrainLdmConfig
 from ldm import storage
+from ldm.autoencoder import zoo
 from ldm.autoencoder.model import Autoencoder
-from ldm.first_stage import evaluation_of, find_autoencoder, load_autoencoder, settled_address
+from ldm.first_stage import (
+    SHIPPED,
+    NoAutoencoderError,
+    evaluation_of,
+    find_autoencoder,
+    load_autoencoder,
+    settled_address,
+)
 from ldm.interop.diffusers import PICKLE_NAME, WEIGHTS_NAME, save_autoencoder, weights_digest
 from ldm.registry import RegistryError, record_evaluation
 from ldm.training.tracking import open_run
 from ldm.training.tracking_config import TrackingConfig
+from ldm.types import Image
+from pipeline.ingest.picture import Measured, Picture
+from pipeline.ingest.transforms import ImageFormat, PictureConfig, measure, render
 from pipeline.latent_gate import evaluated_psnr
 from pipeline.latent_plan import plan_latents
+from pipeline.sources.emoji import EmojiConfig
+from pipeline.store.schema import Split
 from tests.compvis_network import CompVisNetwork
 from tests.hub_server import FileServer, file_server
 from tests.tiny_latents import carry_out, latents_config, write_autoencoder, write_dataset, write_latents
@@ -59,11 +72,55 @@ def digest_of(model: Autoencoder) -> str:
     return weights_digest(model.state_dict(), model.config)
 
 
+def drawn(content: bytes, side: int) -> Image:
+    """Return a drawing's pixels as the emoji recipe makes them, in [-1, 1], shape (3, side, side)."""
+    config = PictureConfig(image_size=side, image_format=ImageFormat.PNG)
+    measured = measure(content, config)
+    assert isinstance(measured, Measured)
+    picture = render(content, measured, config)
+    assert isinstance(picture, Picture)
+    return torch.from_numpy(picture.pixels.copy()).permute(2, 0, 1) / 127.5 - 1
+
+
 def write_checkpoint(folder: Path, name: str = "model.safetensors") -> CompVisNetwork:
     theirs = CompVisNetwork(z_channels=4, embed_dim=4)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(theirs.state_dict, folder / name)
     return theirs
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_autoencoders_are_what_their_papers_say(name: str) -> None:
+    where = f"shipped:{name}"
+    model, folder = load_autoencoder(where), Path(find_autoencoder(where).path)
+    assert model.config == getattr(zoo, name)()
+    assert evaluated_psnr(where, model) is not None
+    latents = json.loads((folder / "latent_statistics.json").read_text())
+    assert latents["digest"] == digest_of(model)
+    assert digest_of(model) in (folder / "README.md").read_text()
+    assert settled_address(where) == where
+
+
+def test_shipped_autoencoders_are_small() -> None:
+    folder = Path(find_autoencoder(f"shipped:{SHIPPED[0]}").path).parent
+    assert {path.name for path in folder.iterdir()} == set(SHIPPED)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20_000_000
+
+
+def test_shipped_small_f4_gives_back_drawings_that_it_never_saw() -> None:
+    source = EmojiConfig(max_labels=400).build()
+    rows = [row for name in source.shard_names(Split.VALIDATION) for row in source.open_shard_at_row(name, 0)]
+    images = torch.stack([drawn(row.payload or b"", side=64) for row in rows])
+    with torch.no_grad():
+        made = load_autoencoder("shipped:small_f4").eval().reconstruct(images).clamp(-1, 1)
+    psnr = -10 * torch.log10((images - made).square().mean(dim=(1, 2, 3)) / 4)
+    assert len(images) > 20
+    assert float(psnr.mean()) > 24
+
+
+def test_unknown_shipped_autoencoder_is_refused_naming_those_that_are_there() -> None:
+    with pytest.raises(NoAutoencoderError, match="no shipped autoencoder 'big'; there are small_f4, small_f8"):
+        find_autoencoder("shipped:big")
 
 
 @pytest.mark.parametrize("subfolder", ["", "vae", "vqvae"])

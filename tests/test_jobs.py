@@ -51,7 +51,8 @@ FOLDERS = ("dataset", "autoencoder", "latents", "ldm")
 
 
 def command(job: str, home: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", f"jobs.{job}", "emoji", "--home", str(home), *SMALL[job].split(), *more]
+    own = ["--autoencoder", f"{home}/autoencoder/model"] if job in ("precompute_latents", "train_ldm") else []
+    return [sys.executable, "-m", f"jobs.{job}", "emoji", "--home", str(home), *own, *SMALL[job].split(), *more]
 
 
 def start(job: str, home: Path, *more: str, ray_address: str = "") -> subprocess.Popen[str]:

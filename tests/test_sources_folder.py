@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.sources.folder import FolderConfig
+from pipeline.sources.source import is_held_out
 from pipeline.store.schema import Split
 from tests.test_sources_bad import GOOD, read
 
@@ -147,3 +149,29 @@ def test_folder_image_over_the_limit_or_gone_since_the_plan_says_so(tmp_path):
     assert rows["sub/b.jpg"].payload == GOOD
     assert rows["big.jpg"].attributes["broken"] == "more than 4 bytes"
     assert rows["a.jpg"].attributes["broken"] == "can't be read: No such file or directory"
+
+
+def test_folder_held_out_whole_has_each_of_its_folders_in_one_split(tmp_path):
+    for label in range(60):
+        (tmp_path / f"label {label}").mkdir()
+        for style in ("a", "b", "c"):
+            (tmp_path / f"label {label}" / f"{style}.jpg").write_bytes(GOOD)
+    config = FolderConfig(folder=str(tmp_path), holdout_share=0.3)
+    labels = labels_of_splits(replace(config, has_folders_whole=True))
+    assert not labels[Split.TRAIN] & labels[Split.VALIDATION]
+    assert 5 < len(labels[Split.VALIDATION]) < 35
+    assert labels[Split.VALIDATION] == {f"label {n}" for n in range(60) if is_held_out(f"label {n}", 0.3)}
+    scattered = labels_of_splits(config)
+    assert scattered[Split.TRAIN] & scattered[Split.VALIDATION]
+
+
+def labels_of_splits(config):
+    source = config.build()
+    return {
+        split: {
+            row.attributes["name"].partition("/")[0]
+            for name in source.shard_names(split)
+            for row in source.open_shard_at_row(name, 0)
+        }
+        for split in Split
+    }

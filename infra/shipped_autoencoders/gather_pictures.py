@@ -92,7 +92,7 @@ def clipart(source: Path, destination: Path) -> None:
         digest = hashlib.sha256(path.read_bytes()).digest()
         with Image.open(path) as image:
             shorter, longer = sorted(image.size)
-        is_usable = SMALLEST_DRAWING <= shorter and longer <= min(3 * shorter, LARGEST_DRAWING)
+        is_usable = shorter >= SMALLEST_DRAWING and longer <= min(3 * shorter, LARGEST_DRAWING)
         if is_usable and digest not in seen:
             folder = destination / f"clipart {path.stem}"
             folder.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,8 @@ from ldm.unet import zoo as unets
 from pipeline.ingest.transforms import ImageFormat, PictureConfig
 from pipeline.sources.emoji import EmojiConfig
 
+AUTOENCODER = "shipped:small_f4"
+"""What encodes and decodes; `train_autoencoder` trains another one, `HOME/autoencoder/model`."""
 TEXT = TextEncoderConfig(max_tokens=24)
 SAMPLER = SamplerConfig(stepper=StepperKind.DPM_SOLVER_PP_2M, num_steps=20)
 PROMPTS = (
@@ -87,7 +89,7 @@ def precompute_latents(home: str) -> PrecomputeLatentsConfig:
     return PrecomputeLatentsConfig(
         root=join(home, "latents"),
         dataset=join(home, "dataset"),
-        autoencoder=join(home, "autoencoder", "model"),
+        autoencoder=AUTOENCODER,
         text=TEXT,
         image_size=64,
         record=_record(home, "latents"),
@@ -101,7 +103,7 @@ def train_ldm(home: str) -> TrainLdmConfig:
         root=join(home, "ldm"),
         record=_record(home, "ldm"),
         latents=join(home, "latents"),
-        autoencoder=join(home, "autoencoder", "model"),
+        autoencoder=AUTOENCODER,
         text=TEXT,
         unet=unets.emoji(),
         objective=ObjectiveConfig(schedule=ScheduleConfig(start=0.00085, end=0.012)),

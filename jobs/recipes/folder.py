@@ -39,14 +39,14 @@ def train_autoencoder(home: str) -> TrainAutoencoderConfig:
 def precompute_latents(home: str) -> PrecomputeLatentsConfig:
     """Moments of every picture and MiniLM tokens of every caption."""
     config = emoji.precompute_latents(home)
-    return replace(config, tracking=_renamed(config.tracking))
+    return replace(config, autoencoder=_autoencoder(home), tracking=_renamed(config.tracking))
 
 
 def train_ldm(home: str) -> TrainLdmConfig:
     """The small denoiser on two DeepSpeed ZeRO-2 ranks."""
     config = emoji.train_ldm(home)
     preview = PreviewConfig(prompts=PROMPTS, sampler=config.preview.sampler)
-    return replace(config, preview=preview, tracking=_renamed(config.tracking))
+    return replace(config, autoencoder=_autoencoder(home), preview=preview, tracking=_renamed(config.tracking))
 
 
 def evaluate(home: str) -> EvaluateConfig:
@@ -59,6 +59,10 @@ def sample(home: str) -> SampleConfig:
     """A grid of prompts x guidance scales; say `--prompts` "..." "..."."""
     config = emoji.sample(home)
     return replace(config, prompts=PROMPTS, tracking=_renamed(config.tracking))
+
+
+def _autoencoder(home: str) -> str:
+    return join(home, "autoencoder", "model")
 
 
 def _renamed(tracking: TrackingConfig) -> TrackingConfig:

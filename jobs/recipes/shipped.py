@@ -1,8 +1,8 @@
 """How the shipped autoencoders are made: `HOME/pictures` as infra/shipped_autoencoders/gather_pictures.py lays it out.
 
-    python -m jobs.shard_dataset shipped --home HOME
-    python -m jobs.train_autoencoder small_f4 --home HOME
-    python -m jobs.train_autoencoder small_f8 --home HOME
+python -m jobs.shard_dataset shipped --home HOME
+python -m jobs.train_autoencoder small_f4 --home HOME
+python -m jobs.train_autoencoder small_f8 --home HOME
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from ldm.autoencoder import zoo
 from ldm.autoencoder.model import AutoencoderConfig
 from ldm.storage import join
+from ldm.training.local_launch import LaunchConfig
 from ldm.training.loop import LoopConfig
 from ldm.training.optim import Decay, OptimConfig
 from ldm.training.reconstruction_config import ReconstructionConfig
@@ -52,13 +53,11 @@ def _training(home: str, name: str, network: AutoencoderConfig) -> TrainAutoenco
         record=config.record.replace("autoencoder", name),
         autoencoder=network,
         loss=ReconstructionConfig(perceptual_weight=0.1, perceptual_rows=1, adversarial_weight=0.0),
-        optim=OptimConfig(
-            lr=1.5e-3, beta1=0.9, beta2=0.99, weight_decay=0.0, warmup_samples=1_000, decay=Decay.COSINE
-        ),
+        optim=OptimConfig(lr=1.5e-3, beta1=0.9, beta2=0.99, weight_decay=0.0, warmup_samples=1_000, decay=Decay.COSINE),
         crop=ImageCropConfig(image_size=64, min_side=64),
         loop=LoopConfig(
             total_samples=80_000, log_every=800, validate_every=16_000, picture_every=40_000, checkpoint_every=8_000
         ),
-        launch=replace(config.launch, num_workers=1),
+        launch=LaunchConfig(num_workers=1, cpus_per_worker=1),
         batch_size=8,
     )
