@@ -175,6 +175,20 @@ def stop_request() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """Take SIGTERM, the notice before a machine is taken away, for Ctrl-C; entered after Ray, which takes it too."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 class _Images(ProgressColumn):
     """Images done of all, once the workers have said how many there are."""
 
@@ -241,7 +255,7 @@ class TrainingBar:
     def __call__(self, progress: TrainProgress) -> None:
         """Show what the training reports."""
         if progress.notice:
-            self._console.print(f"[yellow]{self._title}:[/] {progress.notice}", highlight=False)
+            self._console.print(f"[yellow]{self._title}:[/] {progress.notice}", highlight=False, soft_wrap=True)
         if not progress.total:
             return
         self._latest |= progress.metrics
@@ -254,7 +268,7 @@ class TrainingBar:
             left = (progress.total - progress.done) / rate if rate else 0.0
             speed = f"{rate:.1f} img/s, ETA {_clock(left)}" if rate else ""
             parts = (f"{progress.done:,}/{progress.total:,} images", speed, values)
-            self._console.print(f"{self._title}: {', '.join(filter(None, parts))}", highlight=False)
+            self._console.print(f"{self._title}: {', '.join(filter(None, parts))}", highlight=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

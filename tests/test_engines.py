@@ -75,6 +75,25 @@ def train_and_save(world: World, stages: list[int | None], folder: Path) -> None
         content = {"norms": norms, "ema": engine.weights(), "averaged_output": averaged_output}
         if world.is_main:
             torch.save(content, folder / f"{stage}.pt")
+        refuse_what_is_not_finite(engine, world, str(stage))
+
+
+def refuse_what_is_not_finite(engine: Engine, world: World, stage: str) -> None:
+    """A gradient of one rank that is no number changes no weight on any, and the next step goes on."""
+    inputs, targets = (rows[world.rank :: world.size] for rows in rows_of_step(STEPS))
+    spoilt = targets * (float("nan") if world.rank == world.size - 1 else 1.0)
+    losses = [
+        partial(micro_loss, engine, inputs[start : start + MICRO], spoilt[start : start + MICRO])
+        for start in range(0, len(inputs), MICRO)
+    ]
+    before = [held(weight, world).detach().clone() for weight in engine.raw.parameters()]
+    norm = engine.update(losses, OPTIM.lr, ((STEPS + 1) * BATCH, BATCH))
+    assert not norm.isfinite(), stage
+    assert all(torch.equal(held(w, world), old) for w, old in zip(engine.raw.parameters(), before, strict=True)), stage
+    assert train_steps(engine, world, range(STEPS + 1, STEPS + 2))[0] < float("inf")
+    moved = [not torch.equal(held(w, world), old) for w, old in zip(engine.raw.parameters(), before, strict=True)]
+    assert any(moved), stage
+    assert all(held(weight, world).isfinite().all() for weight in engine.raw.parameters()), stage
 
 
 def test_two_ranks_equal_one_for_every_engine_with_accumulation_clipping_and_ema(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ SMALL = {
 ORDER = tuple(SMALL)
 FOLDERS = ("dataset", "autoencoder", "latents", "ldm")
 """What the first jobs make, in their order."""
+STOPPED_BY = {"train_ldm": signal.SIGINT, "train_autoencoder": signal.SIGTERM}
+"""How the trainings are stopped before they are killed: Ctrl-C, and the notice before a machine is taken away."""
 
 
 def command(job: str, home: Path, *more: str) -> list[str]:
@@ -104,13 +106,15 @@ def kill_after_line(job: str, home: Path, begins: str) -> None:
     raise AssertionError(f"{job} never printed {begins!r}: {printed}")
 
 
-def stop_when(job: str, home: Path, is_time: Callable[[], bool], *more: str) -> tuple[int, str]:
-    """Start a job and press Ctrl-C as soon as `is_time` says so; return its exit code and output."""
+def stop_when(
+    job: str, home: Path, is_time: Callable[[], bool], *more: str, by: signal.Signals = signal.SIGINT
+) -> tuple[int, str]:
+    """Start a job and press Ctrl-C, or terminate it, as soon as `is_time` says so; return its exit code and output."""
     process = start(job, home, *more)
     while not is_time():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     output, _ = process.communicate(timeout=120)
     return process.returncode, output
 
@@ -170,7 +174,7 @@ def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFacto
         shutil.copy(unbroken[0] / "mlflow.db", homes[job])
     moments = {
         "shard_dataset": has_any(homes["shard_dataset"], "dataset/*/*.record.json"),
-        "train_autoencoder": has_any(homes["train_autoencoder"], "autoencoder/checkpoints/latest"),
+        "train_autoencoder": lambda: len(list(homes["train_autoencoder"].glob("autoencoder/checkpoints/0*"))) > 1,
         "precompute_latents": has_any(homes["precompute_latents"], "latents/*/*.record.json"),
         "train_ldm": lambda: len(list(homes["train_ldm"].glob("ldm/checkpoints/0*"))) > 1,
     }
@@ -181,11 +185,13 @@ def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFacto
             kill_after_line(job, story.home, f"{job}: starting")
             finish(job, story.home)
             return story
-        if job == "train_ldm":
-            # No checkpoint falls due: what is there afterwards was saved because of Ctrl-C.
-            has_measured = has_words(story.home / "records/ldm/record.jsonl", '"loss"')
-            code, output = stop_when(job, story.home, has_measured, "--loop.checkpoint-every", "1000000")
-            checkpoints = tuple(sorted(path.name for path in story.home.glob("ldm/checkpoints/0*")))
+        if job in STOPPED_BY:
+            # No checkpoint falls due: what is there afterwards was saved because of the signal.
+            part = "ldm" if job == "train_ldm" else "autoencoder"
+            has_measured = has_words(story.home / "records" / part / "record.jsonl", '"loss"')
+            never = ("--loop.checkpoint-every", "1000000")
+            code, output = stop_when(job, story.home, has_measured, *never, by=STOPPED_BY[job])
+            checkpoints = tuple(sorted(path.name for path in story.home.glob(f"{part}/checkpoints/0*")))
             story = Story(story.home, code, output, checkpoints)
         kill_when(job, story.home, moments[job])
         output = finish(job, story.home)
@@ -232,8 +238,9 @@ def test_a_sampling_killed_and_started_again_gives_the_same_pixels(
     assert names[0] == names[1]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(broken: dict[str, Story]) -> None:
-    story = broken["train_ldm"]
+@pytest.mark.parametrize("job", STOPPED_BY)
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(broken: dict[str, Story], job: str) -> None:
+    story = broken[job]
     assert story.code == 130, story.output
     assert "start the same command again to go on" in story.output
     assert "Traceback" not in story.output

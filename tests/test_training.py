@@ -14,6 +14,7 @@ import torch
 from jobs.wiring.train_ldm import check_inputs, is_done
 from ldm.interop.weights import load_weights
 from ldm.text_to_image import load_text_to_image
+from ldm.training.checkpoint import KEEP_FILE
 from ldm.training.local_launch import Outcome
 from ldm.training.state import is_due
 from pipeline.store.manifest import load_manifest
@@ -94,6 +95,19 @@ def test_the_last_checkpoints_stay_and_older_ones_go(folder: Path, unbroken: Out
     names = sorted(path.name for path in (folder / "unbroken" / "checkpoints").glob("0*"))
     assert names == ["000000000048", "000000000064"]
     assert (folder / "unbroken" / "checkpoints" / "latest").read_text() == names[-1]
+
+
+def test_every_kth_checkpoint_and_one_that_a_person_marked_stay(folder: Path, unbroken: Outcome) -> None:
+    config = tiny_config(folder, "kept")
+    config = replace(config, loop=replace(config.loop, keep_every=24))
+    stopping_after(config, 2)
+    checkpoints = folder / "kept" / "checkpoints"
+    (checkpoints / "000000000016" / KEEP_FILE).touch()
+    run(config)
+    names = sorted(path.name for path in checkpoints.glob("0*"))
+    assert names == ["000000000016", "000000000024", "000000000048", "000000000064"]
+    assert not (checkpoints / names[-1] / KEEP_FILE).exists()
+    assert same_weights(folder, "unbroken", "kept")
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(folder: Path) -> None:

@@ -48,6 +48,10 @@ class Rows(NamedTuple):
     samples: Tensor
     images: Tensor
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(f"drawn-{sample}" for sample in self.samples.tolist())
+
 
 @dataclass(frozen=True)
 class DrawnImages:

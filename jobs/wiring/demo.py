@@ -54,6 +54,6 @@ def announcement(stage1: Stage1) -> str:
         return "stage 1: an autoencoder is trained on these drawings"
     psnr = (evaluation_of(emoji.AUTOENCODER) or {})["validation_psnr_db"]
     return (
-        f"stage 1: the autoencoder {emoji.AUTOENCODER} comes with the project ({psnr:.1f} dB on pictures it never saw); "
+        f"stage 1: the autoencoder {emoji.AUTOENCODER} comes with the project ({psnr:.1f} dB on held-out pictures); "
         "--stage1 train trains one here"
     )

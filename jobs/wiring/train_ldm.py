@@ -75,7 +75,7 @@ class TrainLdmConfig(Config):
     latents: str
     """Folder or URL of the latent cache."""
     autoencoder: str
-    """The autoencoder that made it: folder, checkpoint, URL, hub name, models:/NAME/1 at MLflow, or shipped:small_f4."""
+    """The autoencoder that made it: folder, checkpoint, URL, hub name, models:/NAME/1 or shipped:small_f4."""
     text: TextEncoderConfig
     """The text encoder that made it."""
     image_size: int = added_later(0)

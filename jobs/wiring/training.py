@@ -7,7 +7,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
-from jobs.session import TrainingBar, code_version, is_main_process, ray_session, stop_request
+from jobs.session import (
+    TrainingBar,
+    code_version,
+    is_main_process,
+    ray_session,
+    stop_request,
+    terminated_like_interrupted,
+)
 from jobs.wiring.recording import CONFIG_FILE, save_run_config
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import TrainLdmConfig
@@ -79,7 +86,7 @@ def launch(
         # Optional: a machine without Ray works with --launch.where here.
         from ldm.training.launch import run_alone_on_ray, run_on_ray
 
-        with ray_session():
+        with ray_session(), terminated_like_interrupted():
             if works_alone:
                 return run_alone_on_ray(worker, config, where, bar)
             return run_on_ray(worker, config, where, title, bar)

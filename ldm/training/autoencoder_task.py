@@ -28,7 +28,7 @@ from ldm.randomness import Draw, normal
 from ldm.training.adversary import Adversary, Terms
 from ldm.training.autoencoder_validation import AutoencoderValidation, ImageRows
 from ldm.training.engine import Engine
-from ldm.training.optim import OptimConfig, learning_rate
+from ldm.training.optim import OptimConfig, learning_rate, restore_where
 from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.saved_state import Resumable, SavedState
 from ldm.training.world import World
@@ -87,11 +87,15 @@ class AutoencoderTask:
         is_adversarial = self.config.adversarial_weight > 0 and samples_seen >= self.config.adversarial_start
         passed: list[Reconstruction] = []
         loss = partial(self._loss, images, batch.samples, terms, passed, is_adversarial=is_adversarial)
-        terms["grad_norm"] = self.autoencoder.update([loss], lr, clock)
+        memory = self._memory(is_adversarial=is_adversarial)
+        before = [tensor.detach().clone() for tensor in memory]
+        grad_norm = self.autoencoder.update([loss], lr, clock)
+        terms["grad_norm"] = grad_norm
         if is_adversarial:
             self.adversary.update(images, passed[0].image.detach(), lr, clock, terms)
         if self.codebook is not None:
             self._move_codes(self.codebook, passed[0], batch.samples - samples_seen, clock, terms)
+        restore_where(~grad_norm.isfinite(), memory, before)
         return terms
 
     def validate(self) -> dict[str, float]:
@@ -145,6 +149,14 @@ class AutoencoderTask:
         kl = made.kl.mean()
         terms["kl"] = kl.detach()
         return self.config.kl_weight * kl / pixel_values
+
+    def _memory(self, *, is_adversarial: bool) -> list[Tensor]:
+        """Return what a step changes beside weights that have an optimizer, which leaves a lost step out by itself."""
+        quantizer = self._raw_autoencoder().quantize
+        codes = [] if self.codebook is None or quantizer is None else [quantizer.embedding.weight]
+        codebook = [] if self.codebook is None else [*self.codebook.buffers()]
+        adversary = [*self.adversary.memory.buffers(), *self.adversary.engine.raw.buffers()] if is_adversarial else []
+        return [*codes, *codebook, *adversary]
 
     def _move_codes(
         self,

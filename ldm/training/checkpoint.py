@@ -1,7 +1,8 @@
 """Checkpoints: the state to resume, published whole, verified on load, bound to the run that made it.
 
 Order of a save: every process writes its files beside the target → their digests are gathered → the main process writes
-`state.json` with them, renames the folder and writes `latest` last → older ones beyond the last N are removed.
+`state.json` with them, renames the folder and writes `latest` last → older ones beyond the last N are removed, but for
+those that hold a file `keep`: the loop leaves one in every K-th sample's, and a person may in any.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from ldm.training.world import World
 logger = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
+KEEP_FILE = "keep"
+"""A checkpoint's folder that holds a file of this name is never removed."""
 
 
 class CheckpointStore:
@@ -43,8 +46,14 @@ class CheckpointStore:
         self.damaged: list[str] = []
         self._world = world
 
-    def save(self, engines: Mapping[str, Resumable], state: TrainState) -> None:
-        """Publish the state; all processes call it together."""
+    def save(self, engines: Mapping[str, Resumable], state: TrainState, *, is_kept: bool = False) -> None:
+        """Publish the state; all processes call it together.
+
+        Args:
+            engines: the parts of the run, by name.
+            state: where it stands.
+            is_kept: whether this checkpoint stays for good.
+        """
         name = f"{state.samples_seen:012d}"
         if self._world.any(name == self._latest_saved):
             return  # a stop that falls on a checkpoint: the same state is there
@@ -58,6 +67,8 @@ class CheckpointStore:
                 merged = {path: digest for part in digests for path, digest in part.items()}
                 content = {"state": state.to_dict(), "identity": self._identity, "files": merged}
                 (folder / STATE_FILE).write_text(json.dumps(content, indent=1, sort_keys=True))
+                if is_kept:
+                    (folder / KEEP_FILE).write_text("")
             self._world.barrier()
         if self._world.is_main:
             storage.write_text(storage.join(self.root, LATEST_FILE), name)
@@ -187,7 +198,8 @@ class CheckpointStore:
 
     def _forget_old(self) -> None:
         for name in self.names()[: -self._keep]:
-            storage.remove_folder(storage.join(self.root, name))
+            if not storage.exists(storage.join(self.root, name, KEEP_FILE)):
+                storage.remove_folder(storage.join(self.root, name))
 
 
 def _differences(where: str, saved: Any, now: Any) -> list[str]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ldm import storage
 from ldm.training.ema import Ema, EmaConfig, swapped_in
 from ldm.training.engine import EngineConfig, Precision
-from ldm.training.optim import OptimConfig, build_optimizer, set_learning_rate
+from ldm.training.optim import OptimConfig, build_optimizer, leave_out, set_learning_rate
 from ldm.training.world import World
 
 OURS = {
@@ -89,10 +89,10 @@ class DeepSpeedEngine:
         self.raw = module
         self._world = world
         self._stage = int(settings.get("zero_optimization", {}).get("stage", 0))
-        optimizer = build_optimizer(module.parameters(), optim)
+        self._optimizer = build_optimizer(module.parameters(), optim)
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer,
+            optimizer=self._optimizer,
             config=settings,
             dist_init_required=not torch.distributed.is_initialized(),
         )
@@ -107,6 +107,7 @@ class DeepSpeedEngine:
             self._engine.backward(micro_loss())
             if self._stage == 0:  # DeepSpeed clips here without telling the norm
                 norm = nn.utils.get_total_norm([p.grad for p in self.raw.parameters() if p.grad is not None])
+                leave_out(self._optimizer, ~norm.isfinite())  # the other stages do so by themselves
             self._engine.step()
         if self._ema is not None:
             self._ema.update(self._local_weights(), *samples)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldm.config import Config
 from ldm.training.ema import Ema, EmaConfig, swapped_in
-from ldm.training.optim import OptimConfig, build_optimizer, lay_out_like_weights, set_learning_rate
+from ldm.training.optim import OptimConfig, build_optimizer, lay_out_like_weights, leave_out, set_learning_rate
 from ldm.training.world import World
 
 
@@ -67,7 +67,7 @@ class Engine(Protocol):
     """The module as gradients are synchronised through it."""
 
     def update(self, micro_losses: Sequence[Callable[[], Tensor]], lr: float, samples: tuple[int, int]) -> Tensor:
-        """Make one step on the mean of the micro-batches' losses.
+        """Make one step on the mean of the micro-batches' losses; none where the gradient is not finite.
 
         Args:
             micro_losses: each runs one forward pass through `wrapped` and returns its mean loss.
@@ -121,6 +121,7 @@ class LocalEngine:
         bound = self._optim.clip_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(), bound, error_if_nonfinite=False)
         set_learning_rate(self._optimizer, lr)
+        leave_out(self._optimizer, ~norm.isfinite())
         self._optimizer.step()
         if self._ema is not None:
             self._ema.update(dict(self.raw.named_parameters()), *samples)

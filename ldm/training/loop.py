@@ -5,26 +5,25 @@ Everything that happens is a function of samples seen, so a resumed run does wha
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import torch
-from torch import Tensor
-
-from ldm.config import Config
+from ldm import storage
+from ldm.config import Config, added_later
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.record import Tracker
 from ldm.training.state import TrainState, is_due
-from ldm.training.task import Task
+from ldm.training.task import Keyed, Task
+from ldm.training.window import Window
 from ldm.training.world import World
 
 logger = logging.getLogger(__name__)
-BatchT = TypeVar("BatchT")
-BatchT_co = TypeVar("BatchT_co", covariant=True)
+BatchT = TypeVar("BatchT", bound=Keyed)
+BatchT_co = TypeVar("BatchT_co", bound=Keyed, covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +42,17 @@ class LoopConfig(Config):
     """Samples between two checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay."""
+    keep_every: int = added_later(0)
+    """Samples between two checkpoints that stay for good; 0 keeps only the latest. A file `keep` in a checkpoint's
+    folder does the same for that one."""
+    max_lost_steps: int = added_later(8)
+    """A step whose loss or gradient is not finite is left out and counted; so many in a row end the run, and the keys
+    of their rows are saved beside the checkpoints."""
 
     def __post_init__(self) -> None:
-        if self.total_samples < 1 or self.keep_checkpoints < 1:
-            raise ValueError(
-                f"loop.total_samples and loop.keep_checkpoints must be at least 1, "
-                f"got {self.total_samples} and {self.keep_checkpoints}"
-            )
+        for name in ("total_samples", "keep_checkpoints", "max_lost_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,27 +116,29 @@ def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around
         around.report(_progress(config, state, notice=f"resumed at {state.samples_seen:,} samples"))
     else:
         state = _validate(task, state, config, around)
-    window = _Window(loader.wait_seconds)
+    window = Window(loader.wait_seconds, config.max_lost_steps)
     batches = loader.batches(state.samples_seen)
     while state.samples_seen < config.total_samples:
         batch = next(batches)
         metrics = task.step(batch, state.samples_seen, around.batch_size)
         state = state.advanced(around.batch_size, window.tick())
         window.add(metrics, state.samples_seen)
+        if _is_measured(config, state, around.batch_size):
+            _refuse_many_lost(window, loader, state, config, around)
         if is_due(config.log_every, state.samples_seen, around.batch_size):
             _log(window, loader, state, config, around)
-        if _is_measured(config, state, around.batch_size):
-            _refuse_nonfinite(window, state, around.world)
-        state = _do_what_is_due(task, state, config, around)
+        state = _do_what_is_due(task, window, state, config, around)
         window.restart()
         if around.world.any(around.should_stop()):
-            around.checkpoints.save(task.engines, state)
-            around.report(_progress(config, state, notice="stopped as asked; the state is saved"))
+            if _save(task, window, state, config, around):
+                around.report(_progress(config, state, notice="stopped as asked; the state is saved"))
             return state
     return state
 
 
-def _do_what_is_due(task: Task[Any], state: TrainState, config: LoopConfig, around: Surroundings) -> TrainState:
+def _do_what_is_due(
+    task: Task[Any], window: Window, state: TrainState, config: LoopConfig, around: Surroundings
+) -> TrainState:
     num_samples = around.batch_size
     is_last = state.samples_seen >= config.total_samples
     if is_last or is_due(config.validate_every, state.samples_seen, num_samples):
@@ -141,29 +146,67 @@ def _do_what_is_due(task: Task[Any], state: TrainState, config: LoopConfig, arou
     if is_last or is_due(config.picture_every, state.samples_seen, num_samples):
         for name, images in task.pictures().items():
             around.tracker.log_picture(name, images, state.samples_seen)
-    if is_last or is_due(config.checkpoint_every, state.samples_seen, num_samples):
-        started = time.monotonic()
-        around.checkpoints.save(task.engines, state)
-        around.tracker.log_metrics({"checkpoint_seconds": time.monotonic() - started}, state.samples_seen)
+    is_kept = is_due(config.keep_every, state.samples_seen, num_samples)
+    if is_last or is_kept or is_due(config.checkpoint_every, state.samples_seen, num_samples):
+        _save(task, window, state, config, around, is_kept=is_kept)
     return state
+
+
+def _save(
+    task: Task[Any],
+    window: Window,
+    state: TrainState,
+    config: LoopConfig,
+    around: Surroundings,
+    *,
+    is_kept: bool = False,
+) -> bool:
+    """Save the state, unless the latest steps were lost: what they were lost by may be in the weights."""
+    if around.world.any(window.lost_in_a_row() > 0):
+        notice = f"no checkpoint at {state.samples_seen:,} samples, for its step was lost; the one before is whole"
+        around.report(_progress(config, state, notice=notice))
+        return False
+    started = time.monotonic()
+    around.checkpoints.save(task.engines, state, is_kept=is_kept)
+    around.tracker.log_metrics({"checkpoint_seconds": time.monotonic() - started}, state.samples_seen)
+    return True
 
 
 def _is_measured(config: LoopConfig, state: TrainState, num_samples: int) -> bool:
     """Say whether numbers are read back from the device now anyway: before a record or a checkpoint."""
-    intervals = (config.log_every, config.checkpoint_every)
+    intervals = (config.log_every, config.checkpoint_every, config.keep_every)
     is_last = state.samples_seen >= config.total_samples
     return is_last or any(is_due(every, state.samples_seen, num_samples) for every in intervals)
 
 
-def _refuse_nonfinite(window: _Window, state: TrainState, world: World) -> None:
-    """Stop before a checkpoint keeps a network that is lost; the one before is whole."""
-    first, names = window.first_lost()
-    if world.any(bool(names)):
-        what = f"{', '.join(names)} is not finite" if names else "a metric of another process is not finite"
-        raise FloatingPointError(
-            f"{what} since {first or state.samples_seen:,} samples: the last checkpoint is from before; "
-            "lower optim.lr or look at the data, then start again"
-        )
+def _refuse_many_lost(
+    window: Window, loader: Loader[Any], state: TrainState, config: LoopConfig, around: Surroundings
+) -> None:
+    """Stop a network that does not come back, or data that can't be learned from; no run ends with a lost step."""
+    is_last = state.samples_seen >= config.total_samples
+    ended_at = max(around.world.gather(window.ended_at()))
+    in_a_row = max(around.world.gather(window.lost_in_a_row())) if is_last else 0
+    num_lost = config.max_lost_steps if ended_at else in_a_row
+    if not num_lost:
+        return
+    ended_at = ended_at or state.samples_seen
+    names = sorted({name for _, names in around.world.gather(window.lost()) for name in names})
+    first = ended_at - num_lost * around.batch_size
+    batches = loader.batches(first)
+    keys = around.world.gather([list(next(batches).keys) for _ in range(num_lost)])
+    place = storage.join(around.checkpoints.root, f"lost-{first:012d}.json")
+    if around.world.is_main:
+        content = {
+            "samples": [first, ended_at],
+            "metrics": names,
+            "keys": [[key for share in step for key in share] for step in zip(*keys, strict=True)],
+        }
+        storage.write_text(place, json.dumps(content, indent=1))
+    raise FloatingPointError(
+        f"{', '.join(names)}: not finite in the last {num_lost} steps, from {first:,} samples on; they "
+        f"changed no weight, and the keys of their rows are in {place}: lower optim.lr or look at the data, then start "
+        "the same command again, which goes on from the last checkpoint"
+    )
 
 
 def _validate(task: Task[Any], state: TrainState, config: LoopConfig, around: Surroundings) -> TrainState:
@@ -173,7 +216,7 @@ def _validate(task: Task[Any], state: TrainState, config: LoopConfig, around: Su
     return state.validated(metrics)
 
 
-def _log(window: _Window, loader: Loader[Any], state: TrainState, config: LoopConfig, around: Surroundings) -> None:
+def _log(window: Window, loader: Loader[Any], state: TrainState, config: LoopConfig, around: Surroundings) -> None:
     means = {name: around.world.mean(value).item() for name, value in window.means(around.world.device).items()}
     rate = window.num_steps * around.batch_size / max(window.seconds, 1e-9)
     metrics = {
@@ -182,6 +225,11 @@ def _log(window: _Window, loader: Loader[Any], state: TrainState, config: LoopCo
         "data_wait_seconds": loader.wait_seconds - window.waited_before,
         "train_seconds": state.train_seconds,
     }
+    num_lost, names = window.lost()
+    if num_lost:
+        metrics["lost_steps"] = float(num_lost)
+        notice = f"{num_lost} steps up to {state.samples_seen:,} samples were left out: {', '.join(names)} not finite"
+        around.report(_progress(config, state, notice=notice))
     around.tracker.log_metrics(metrics, state.samples_seen)
     around.report(_progress(config, state, metrics))
     window.clear(loader.wait_seconds)
@@ -191,50 +239,3 @@ def _progress(
     config: LoopConfig, state: TrainState, metrics: dict[str, float] | None = None, notice: str = ""
 ) -> Progress:
     return Progress(done=state.samples_seen, total=config.total_samples, metrics=metrics or {}, notice=notice)
-
-
-class _Window:
-    """Sums between two records; nothing is read back from the device until a record is due."""
-
-    def __init__(self, waited_before: float) -> None:
-        self._lost: dict[str, Tensor] = {}
-        self.restart()
-        self.clear(waited_before)
-
-    def clear(self, waited_before: float) -> None:
-        self.sums: dict[str, Tensor | float] = {}
-        self.counts = Counter[str]()
-        self.num_steps = 0
-        self.seconds = 0.0
-        self.waited_before = waited_before
-
-    def restart(self) -> None:
-        self._last = time.monotonic()
-
-    def tick(self) -> float:
-        """Return the seconds since the last step ended."""
-        return time.monotonic() - self._last
-
-    def add(self, metrics: dict[str, Tensor | float], samples_seen: int) -> None:
-        self.num_steps += 1
-        self.seconds += self.tick()
-        for name, value in metrics.items():
-            detached = value.detach() if isinstance(value, Tensor) else value
-            self.sums[name] = self.sums.get(name, 0.0) + detached
-            self.counts[name] += 1
-            # Noted on the device, so that the step is known without a step's wait for it.
-            is_lost = ~torch.as_tensor(detached).isfinite()
-            known = self._lost.get(name, torch.zeros_like(is_lost, dtype=torch.int64))
-            self._lost[name] = torch.where(is_lost & (known == 0), samples_seen, known)
-
-    def first_lost(self) -> tuple[int, list[str]]:
-        """Return the end of the first step with metrics that are not finite, 0 if there is none, and their names."""
-        lost = {name: int(seen) for name, seen in self._lost.items() if int(seen)}
-        first = min(lost.values(), default=0)
-        return first, [name for name, seen in lost.items() if seen == first]
-
-    def means(self, device: torch.device) -> dict[str, Tensor]:
-        return {
-            name: torch.as_tensor(total, dtype=torch.float32, device=device) / self.counts[name]
-            for name, total in self.sums.items()
-        }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -93,3 +93,15 @@ def lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
         for name, moment in state.items():
             if isinstance(moment, Tensor) and moment.shape == weight.shape and moment.stride() != weight.stride():
                 state[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
+
+
+def leave_out(optimizer: torch.optim.Optimizer, is_lost: Tensor) -> None:
+    """Have the next step of a fused optimizer change nothing where `is_lost`, a bool on its device that stays there."""
+    optimizer.found_inf = is_lost.to(torch.float32)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def restore_where(is_lost: Tensor, tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Give tensors back what they held where `is_lost`, shape (), on the device and without a wait for it."""
+    for tensor, held in zip(tensors, before, strict=True):
+        tensor.copy_(torch.where(is_lost, held, tensor))

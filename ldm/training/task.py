@@ -13,7 +13,17 @@ from torch import Tensor
 from ldm.training.saved_state import Resumable
 from ldm.types import Image
 
-BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
+
+class Keyed(Protocol):
+    """A batch that says which rows it is made of."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the rows' keys."""
+        ...
+
+
+BatchT_contra = TypeVar("BatchT_contra", bound=Keyed, contravariant=True)
 
 
 class Task(Protocol[BatchT_contra]):
