@@ -159,11 +159,11 @@ def _git(*words: str) -> str:
 
 @contextmanager
 def stop_request() -> Iterator[Callable[[], bool]]:
-    """Yield a question that is answered yes once Ctrl-C or SIGTERM came; a second one is not waited for."""
+    """Yield a question that is answered yes once Ctrl-C or SIGTERM came; a second Ctrl-C is not waited for."""
     asked: list[int] = []
 
     def remember(number: int, _: object) -> None:
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
 
@@ -177,10 +177,16 @@ def stop_request() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """Take SIGTERM, the notice before a machine is taken away, for Ctrl-C; entered after Ray, which takes it too."""
+    """Take SIGTERM, the notice before a machine is taken away, for Ctrl-C; entered after Ray, which takes it too.
+
+    It often comes twice, to a process and to its group: only the first counts.
+    """
+    has_come: list[bool] = []
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        if not has_come:
+            has_come.append(True)
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -48,6 +48,7 @@ def main() -> None:
     )
     if is_main_process():
         print(f"autoencoder {outcome['samples_seen']:,} samples, held out: {scores}: {config.model_folder}")
+        print(f"encode with it by --autoencoder {config.model_folder} (precompute_latents and train_ldm)")
 
 
 if __name__ == "__main__":

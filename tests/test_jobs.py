@@ -189,7 +189,7 @@ def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFacto
             # No checkpoint falls due: what is there afterwards was saved because of the signal.
             part = "ldm" if job == "train_ldm" else "autoencoder"
             has_measured = has_words(story.home / "records" / part / "record.jsonl", '"loss"')
-            never = ("--loop.checkpoint-every", "1000000")
+            never = ("--loop.checkpoint-every", "1000000", "--loop.log-every", "16")
             code, output = stop_when(job, story.home, has_measured, *never, by=STOPPED_BY[job])
             checkpoints = tuple(sorted(path.name for path in story.home.glob(f"{part}/checkpoints/0*")))
             story = Story(story.home, code, output, checkpoints)

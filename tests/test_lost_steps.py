@@ -17,8 +17,10 @@ from ldm.training.checkpoint import CheckpointStore
 from ldm.training.loop import Progress, Surroundings, train
 from ldm.training.record import SilentTracker
 from ldm.training.state import TrainState
+from ldm.training.task import NotFiniteError
 from ldm.training.window import Window
-from tests.ranks import alone
+from ldm.training.world import World
+from tests.ranks import alone, run_ranks
 from tests.tiny_stage1 import (
     BATCH,
     EVERYTHING,
@@ -38,24 +40,27 @@ SIMPLE = replace(LOSS, perceptual_weight=0.0, adversarial_weight=0.0)
 class Poisoned:
     """A tiny stage-1 training whose loss is not a number at some samples."""
 
-    def __init__(self, folder: Path, lost: Collection[int], network=KL, loss=SIMPLE, **loop: int) -> None:
+    def __init__(
+        self, folder: Path, lost: Collection[int], network=KL, loss=SIMPLE, world: World | None = None, **loop: int
+    ) -> None:
+        self.world = world or alone()
         config = stage1_config(folder, network, loss, total_samples=48)
         self.config = replace(config, loop=replace(config.loop, **loop))
         self.notices: list[str] = []
-        self.task = stage1_task(self.config, alone())
+        self.task = stage1_task(self.config, self.world)
         self.folder = folder
         poison(self.task, lost)
 
     def run(self, stops: Callable[[], bool] = lambda: False) -> TrainState:
         around = Surroundings(
-            world=alone(),
+            world=self.world,
             batch_size=BATCH,
-            checkpoints=CheckpointStore(str(self.folder), {}, 2, alone()),
+            checkpoints=CheckpointStore(str(self.folder), {}, 2, self.world),
             tracker=SilentTracker(),
             report=self._note,
             should_stop=stops,
         )
-        return train(self.task, DrawnLoader(alone()), self.config.loop, around)
+        return train(self.task, DrawnLoader(self.world), self.config.loop, around)
 
     def _note(self, progress: Progress) -> None:
         self.notices += [progress.notice] if progress.notice else []
@@ -64,10 +69,10 @@ class Poisoned:
         return sorted(path.name for path in self.folder.glob("0*"))
 
 
-def poison(task: AutoencoderTask, lost: Collection[int]) -> None:
-    """Have the loss, and so every gradient, be no number in the steps that begin at these samples."""
+def poison(task: AutoencoderTask, lost: Collection[int], *, is_adversary: bool = False) -> None:
+    """Have a gradient be no number in the steps that begin at these samples: the autoencoder's or the adversary's."""
     plain, now = task.step, [0]
-    plain_term = task._regularization
+    plain_term, plain_loss = task._regularization, task.adversary._loss
 
     def step(batch, samples_seen, num_samples):
         now[0] = samples_seen
@@ -75,16 +80,24 @@ def poison(task: AutoencoderTask, lost: Collection[int]) -> None:
 
     def term(made, pixel_values, terms):
         value = plain_term(made, pixel_values, terms)
-        if now[0] in lost:
-            made.image.register_hook(lambda gradient: gradient * float("nan"))
-            value = value + made.moments.sum() * float("nan")
-        return value
+        return value + made.moments.sum() * float("nan") if now[0] in lost else value
 
-    task.step, task._regularization = step, term
+    def adversary_loss(images, made, clock, terms):
+        images = images * float("nan") if now[0] in lost else images
+        return plain_loss(images, made, clock, terms)
+
+    task.step = step
+    if is_adversary:
+        task.adversary._loss = adversary_loss
+    else:
+        task._regularization = term
 
 
-@pytest.mark.parametrize("network, loss", [(KL, SIMPLE), (VQ, replace(EVERYTHING, perceptual_rows=1))])
-def test_a_lost_step_changes_no_weight_and_no_memory(tmp_path: Path, network, loss) -> None:
+LEARNING = replace(LOSS, perceptual_weight=0.0, lecam_weight=0.01, lecam_half_life_samples=8)
+
+
+@pytest.mark.parametrize("network, loss", [(KL, SIMPLE), (KL, LEARNING), (VQ, replace(EVERYTHING, perceptual_rows=1))])
+def test_a_lost_step_changes_no_weight_of_either_network_and_no_memory(tmp_path: Path, network, loss) -> None:
     task = stage1_task(stage1_config(tmp_path, network, loss), alone())
     poison(task, {12})
     train_steps(task, alone(), range(3))
@@ -96,8 +109,23 @@ def test_a_lost_step_changes_no_weight_and_no_memory(tmp_path: Path, network, lo
     assert [name for name in changed if not name.startswith("average.")] == []
     assert torch.equal(optimizer, optimizer_of(task, tmp_path / "after"))
     train_steps(task, alone(), [4])
-    name = "autoencoder.decoder.conv_out.bias"
-    assert not torch.equal(before[name], state_of(task)[name])
+    moved = {name for name, value in state_of(task).items() if not torch.equal(before[name], value)}
+    assert "autoencoder.decoder.conv_out.bias" in moved
+    assert loss is not LEARNING or {"discriminator.stages.0.weight", "adversary.anchors.real"} <= moved
+
+
+def test_a_lost_step_of_the_discriminator_leaves_it_and_its_memory_and_is_counted(tmp_path: Path) -> None:
+    task = stage1_task(stage1_config(tmp_path, KL, LEARNING), alone())
+    poison(task, {12}, is_adversary=True)
+    train_steps(task, alone(), range(3))
+    before = state_of(task)
+    (terms,) = train_steps(task, alone(), [3])
+    assert math.isnan(terms["discriminator_loss"])
+    after = state_of(task)
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"autoencoder", "average"}
+    train_steps(task, alone(), [4])
+    assert all(value.isfinite().all() for value in state_of(task).values())
 
 
 def optimizer_of(task: AutoencoderTask, folder: Path) -> Tensor:
@@ -120,41 +148,75 @@ def test_a_run_with_lost_steps_ends_well_and_says_how_many_there_were(tmp_path: 
 
 
 def test_too_many_lost_steps_in_a_row_end_the_run_with_the_keys_of_their_rows(tmp_path: Path) -> None:
-    run = Poisoned(tmp_path, {8, *range(20, 48)}, log_every=16, checkpoint_every=16, max_lost_steps=3)
-    with pytest.raises(FloatingPointError, match=r"(?s)loss.*in the last 3 steps, from 20 samples on.*lost-0*20.json"):
+    run = Poisoned(tmp_path, {8, 20, 24, 28}, log_every=40, checkpoint_every=16, max_lost_steps=3)
+    with pytest.raises(
+        NotFiniteError, match=r"^3 steps in a row, from 20 to 32 samples, .*loss.*lost-0*20.json"
+    ) as told:
         run.run()
+    assert "--loop.max-lost-steps" in str(told.value)
     assert run.checkpoints() == ["000000000016"]
-    told = json.loads((tmp_path / "lost-000000000020.json").read_text())
-    assert told["samples"] == [20, 32]
-    assert told["keys"] == [[f"drawn-{row}" for row in range(start, start + BATCH)] for start in (20, 24, 28)]
-    mended = Poisoned(tmp_path, {8}, log_every=16, checkpoint_every=16)
-    assert mended.run().samples_seen == 48
-    never = Poisoned(tmp_path / "never", {8}, log_every=16, checkpoint_every=16)
-    never.run()
-    expected = state_of(never.task)
-    assert [name for name, value in state_of(mended.task).items() if not torch.equal(value, expected[name])] == []
+    content = json.loads((tmp_path / "lost-000000000020.json").read_text())
+    assert content["samples"] == [20, 32]
+    assert content["keys"] == [[f"drawn-{row}" for row in range(start, start + BATCH)] for start in (20, 24, 28)]
+    allowed = Poisoned(tmp_path, {8, 20, 24, 28}, log_every=40, checkpoint_every=16, max_lost_steps=4)
+    assert allowed.run().samples_seen == 48
+    unbroken = Poisoned(tmp_path / "unbroken", {8, 20, 24, 28}, log_every=40, checkpoint_every=16, max_lost_steps=4)
+    unbroken.run()
+    expected = state_of(unbroken.task)
+    assert [name for name, value in state_of(allowed.task).items() if not torch.equal(value, expected[name])] == []
 
 
-def test_no_checkpoint_is_made_of_a_lost_step_and_no_run_ends_with_one(tmp_path: Path) -> None:
-    run = Poisoned(tmp_path, {12, 44}, log_every=16, checkpoint_every=16)
-    with pytest.raises(FloatingPointError, match="in the last 1 steps, from 44 samples on"):
+def test_a_row_of_lost_steps_that_ended_before_it_was_looked_for_ends_the_run_too(tmp_path: Path) -> None:
+    run = Poisoned(tmp_path, {8, 12, 16}, log_every=40, checkpoint_every=40, max_lost_steps=3)
+    with pytest.raises(NotFiniteError, match=r"^3 steps in a row, from 8 to 20 samples"):
         run.run()
-    assert run.checkpoints() == ["000000000032"]
+    assert len(json.loads((tmp_path / "lost-000000000008.json").read_text())["keys"]) == 3
+
+
+def test_no_checkpoint_is_made_of_a_lost_step_and_a_stop_waits_for_a_good_one(tmp_path: Path) -> None:
+    run = Poisoned(tmp_path, {12, 20, 24, 44}, log_every=16, checkpoint_every=16)
+    calls = iter(range(1_000))
+    assert run.run(stops=lambda: next(calls) >= 5).samples_seen == 32
     assert any(notice.startswith("no checkpoint at 16 samples") for notice in run.notices)
+    assert any(notice.startswith("no checkpoint at 24 samples") for notice in run.notices)
+    assert run.checkpoints() == ["000000000032"]
+    assert Poisoned(tmp_path, {44}, log_every=16, checkpoint_every=16).run().samples_seen == 48
+    assert run.checkpoints() == ["000000000032", "000000000048"]
+
+
+def test_a_network_that_gives_no_numbers_on_held_out_rows_is_not_published(tmp_path: Path) -> None:
+    run = Poisoned(tmp_path, {44}, log_every=16, checkpoint_every=16)
+    run.task.validate = lambda: {"validation_psnr_db": float("nan")}
+    with pytest.raises(NotFiniteError, match="validation_psnr_db is not finite: nothing is published"):
+        run.run()
+    assert run.checkpoints() == ["000000000016", "000000000032"]
+
+
+def test_ranks_agree_on_the_end_and_the_keys_of_all_are_saved(tmp_path: Path) -> None:
+    run_ranks(2, lose_steps_on_one_rank, tmp_path)
+    content = json.loads((tmp_path / "lost-000000000004.json").read_text())
+    assert sorted(content["keys"][0]) == [f"drawn-{row}" for row in range(4, 8)]
+    assert content["samples"] == [4, 12]
+
+
+def lose_steps_on_one_rank(world: World, folder: Path) -> None:
+    run = Poisoned(folder, range(4, 48) if world.rank else (), world=world, log_every=16, max_lost_steps=2)
+    with pytest.raises(NotFiniteError, match="2 steps in a row, from 4 to 12 samples"):
+        run.run()
 
 
 def test_window_means_leave_out_lost_steps() -> None:
     window = Window(0.0, 2)
-    window.add({"loss": torch.tensor(1.0), "rate": 0.5}, 4)
-    window.add({"loss": torch.tensor(float("nan")), "rate": 0.25}, 8)
-    window.add({"loss": torch.tensor(4.0), "extra": torch.tensor(2.0), "rate": 0.0}, 12)
+    window.add({"loss": torch.tensor(1.0), "rate": 0.5}, (), 4)
+    window.add({"loss": torch.tensor(float("nan")), "rate": 0.25}, (), 8)
+    window.add({"loss": torch.tensor(4.0), "extra": torch.tensor(2.0), "rate": 0.0}, (), 12)
     means = window.means(torch.device("cpu"))
     assert {name: float(value) for name, value in means.items()} == {"loss": 2.5, "extra": 2.0, "rate": 0.25}
     assert window.lost() == (1, ["loss"])
     assert window.lost_in_a_row() == window.ended_at() == 0
-    window.add({"loss": torch.tensor(float("inf"))}, 16)
+    window.add({"loss": torch.tensor(float("inf"))}, (), 16)
     window.clear(0.0)
-    window.add({"loss": torch.tensor(1.0), "rate": float("nan")}, 20)
-    window.add({"loss": torch.tensor(1.0)}, 24)
+    window.add({"loss": torch.tensor(1.0), "rate": float("nan")}, (), 20)
+    window.add({"loss": torch.tensor(1.0)}, (), 24)
     assert window.ended_at() == 20
     assert window.lost()[0] == 1

@@ -165,6 +165,13 @@ def test_folder_held_out_whole_has_each_of_its_folders_in_one_split(tmp_path):
     assert scattered[Split.TRAIN] & scattered[Split.VALIDATION]
 
 
+def test_folder_held_out_whole_with_all_pictures_in_one_folder_is_refused(tmp_path):
+    config = replace(image_folder(tmp_path), has_folders_whole=True)
+    (tmp_path / "f/sub/b.jpg").rename(tmp_path / "f/b.jpg")
+    with pytest.raises(ValueError, match="needs pictures in several folders; all of .* lie in one"):
+        config.build().num_rows(Split.TRAIN)
+
+
 def labels_of_splits(config):
     source = config.build()
     return {

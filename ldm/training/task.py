@@ -14,6 +14,10 @@ from ldm.training.saved_state import Resumable
 from ldm.types import Image
 
 
+class NotFiniteError(FloatingPointError, ValueError):
+    """Data or a loss that are no numbers; a ValueError too, since a person can do something about it."""
+
+
 class Keyed(Protocol):
     """A batch that says which rows it is made of."""
 

@@ -1,7 +1,7 @@
 """What a training's steps gave since the last record, summed on the device, and which of them were lost.
 
-A step is lost when one of its metrics is not finite: its update was left out by the engine, and its metrics count for
-nothing here. Nothing is read back from the device until a record is due.
+A step is lost when one of its metrics is not finite. Engines leave out the update of a network whose gradient is not;
+here none of the step's metrics count. Nothing is read back from the device until a record is due.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Window:
         self._max_lost_steps = max_lost_steps
         self._in_a_row: Tensor | None = None
         self._ended_at: Tensor | None = None
+        self._keys: list[tuple[int, tuple[str, ...]]] = []
         self.restart()
         self.clear(waited_before)
 
@@ -52,13 +53,15 @@ class Window:
         """Return the seconds since the last step ended."""
         return time.monotonic() - self._last
 
-    def add(self, metrics: Mapping[str, Tensor | float], samples_seen: int) -> None:
+    def add(self, metrics: Mapping[str, Tensor | float], keys: tuple[str, ...], samples_seen: int) -> None:
         """Take in what a step gave.
 
         Args:
-            metrics: tensors of shape (), which stay on the device, and numbers.
+            metrics: tensors of shape () on one device, where they stay, and numbers.
+            keys: of the rows that this process gave to it.
             samples_seen: rows seen at its end.
         """
+        self._keys.append((samples_seen, keys))
         self.num_steps += 1
         self.seconds += self.tick()
         on_device = {name: value.detach() for name, value in metrics.items() if isinstance(value, Tensor)}
@@ -85,6 +88,15 @@ class Window:
     def ended_at(self) -> int:
         """Return the samples seen when too many steps in a row had been lost; 0 while that was not so."""
         return 0 if self._ended_at is None else int(self._ended_at)
+
+    def latest_keys(self, ended_at: int, batch_size: int) -> list[list[str]]:
+        """Return the keys of the steps that were lost in a row, the last of which ended at `ended_at`."""
+        first = ended_at - self._max_lost_steps * batch_size
+        return [list(keys) for end, keys in self._keys if first < end <= ended_at]
+
+    def forget_keys(self) -> None:
+        """Keep only the keys that a row of lost steps may still need."""
+        del self._keys[: -self._max_lost_steps]
 
     def lost_in_a_row(self) -> int:
         """Return how many of the latest steps were lost, without a good one between or after them."""

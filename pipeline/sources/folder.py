@@ -37,7 +37,7 @@ class FolderConfig(Config):
     rows_per_shard: int = 1024
     """Rows in one shard."""
     holdout_share: float = 0.05
-    """Share of images kept for validation."""
+    """Share of images kept for validation; of folders, with `has_folders_whole`."""
     suffixes: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".svg")
     """Ends of names, in small letters, that make a file an image."""
     name_column: str = "file_name"
@@ -167,6 +167,10 @@ class FolderSource:
     def _listing(self) -> Listing[_Entry]:
         share = self.config.holdout_share
         whole = self.config.has_folders_whole
+        if whole and share and len({entry.folder for entry in self._found.entries}) == 1:
+            raise ValueError(
+                f"has_folders_whole needs pictures in several folders; all of {self.config.folder} lie in one"
+            )
         entries = ((split_of(entry.folder if whole else entry.key, share), entry) for entry in self._found.entries)
         return Listing.of(entries, self.config.rows_per_shard).without(self._known)
 
