@@ -111,7 +111,7 @@ def train_ldm(home: str) -> TrainLdmConfig:
         ema=EmaConfig(half_life_samples=20_000),
         engine=EngineConfig(kind=EngineKind.DEEPSPEED),
         loop=LoopConfig(
-            total_samples=9_600, log_every=640, validate_every=2_400, picture_every=4_800, checkpoint_every=2_560
+            total_samples=19_200, log_every=640, validate_every=4_800, picture_every=9_600, checkpoint_every=2_560
         ),
         launch=LaunchConfig(num_workers=2, cpus_per_worker=1),
         preview=PreviewConfig(prompts=PROMPTS, sampler=SAMPLER),
