@@ -51,15 +51,17 @@ def main() -> None:
     """Measure each autoencoder on each dataset and print the table."""
     settings = tyro.cli(FirstStagesBenchmark, description=__doc__, config=MARKERS)
     torch.set_num_threads(settings.threads)
-    record: dict[str, Any] = {"settings": settings.to_dict(), "torch": torch.__version__, "scores": []}
+    asked = {"image_size": settings.image_size, "threads": settings.threads}
+    record: dict[str, Any] = {"settings": asked, "torch": torch.__version__, "scores": []}
     print(f"{'':36}{'dataset':28}{'rows':>7}{'PSNR dB':>9}{'SSIM':>7}{'ST-LPIPS':>10}")
     for autoencoder in settings.autoencoders:
         for dataset in settings.datasets:
             found = scores(autoencoder, dataset, settings.image_size)
             record["scores"].append(found)
             psnr, ssim, distance = (found[name] for name in SCORES)
-            name = "/".join(Path(dataset).parts[-2:])
-            print(f"{autoencoder:36}{name:28}{found['num_rows']:7,}{psnr:9.2f}{ssim:7.3f}{distance:10.4f}")
+            print(
+                f"{found['autoencoder']:36}{found['name']:28}{found['num_rows']:7,}{psnr:9.2f}{ssim:7.3f}{distance:10.4f}"
+            )
     if settings.save:
         (RESULTS / "first_stages.json").write_text(json.dumps(record, indent=1) + "\n")
 
@@ -78,12 +80,18 @@ def scores(autoencoder: str, dataset: str, image_size: int) -> dict[str, Any]:
         world=World(rank=0, size=1, device=torch.device("cpu")),
     )
     return {
-        "autoencoder": autoencoder,
+        "autoencoder": _short(autoencoder),
         "digest": weights_digest(network.state_dict(), network.config),
+        "name": _short(dataset),
         "dataset": manifest.digest,
         "num_rows": loader.num_rows,
         **measure.scores(network),
     }
+
+
+def _short(address: str) -> str:
+    """Return the end of an address: where a folder lies on this machine means nothing elsewhere."""
+    return "/".join(Path(address).parts[-2:])
 
 
 if __name__ == "__main__":
