@@ -140,8 +140,8 @@ def test_a_run_with_lost_steps_ends_well_and_says_how_many_there_were(tmp_path: 
     assert run.run().samples_seen == 48
     assert all(value.isfinite().all() for value in state_of(run.task).values())
     assert [notice.partition(":")[0] for notice in run.notices] == [
-        "1 steps up to 16 samples were left out",
-        "2 steps up to 32 samples were left out",
+        "1 steps up to 16 samples were lost",
+        "2 steps up to 32 samples were lost",
     ]
     assert "loss" in run.notices[0]
     assert run.checkpoints() == ["000000000032", "000000000048"]

@@ -175,7 +175,7 @@ def _save(
     """Save the state, unless the latest step was lost: what it was lost by may lie in the weights. Say whether."""
     is_last = state.samples_seen >= config.total_samples  # measured, and found to be of use
     if around.world.any(window.lost_in_a_row() > 0) and not is_last:
-        notice = f"no checkpoint at {state.samples_seen:,} samples, for that step was left out; the next one comes"
+        notice = f"no checkpoint at {state.samples_seen:,} samples, for that step was lost; the next one comes"
         around.report(_progress(config, state, notice=notice))
         return False
     started = time.monotonic()
@@ -207,7 +207,7 @@ def _refuse_many_lost(window: Window, config: LoopConfig, around: Surroundings) 
         storage.write_text(place, json.dumps(content, indent=1))
     raise NotFiniteError(
         f"{config.max_lost_steps} steps in a row, from {first:,} to {ended_at:,} samples, were not finite "
-        f"({', '.join(names)}) and were left out; the keys of their rows are in {place}. The last checkpoint is from "
+        f"({', '.join(names)}), so they are lost; the keys of their rows are in {place}. The last checkpoint is from "
         "before. More --loop.max-lost-steps lets the same run go on; a lower optim.lr or other data is another run, in "
         "a root of its own"
     )
@@ -242,7 +242,7 @@ def _log(window: Window, loader: Loader[Any], state: TrainState, config: LoopCon
     num_lost, names = window.lost()
     if num_lost:
         metrics["lost_steps"] = float(num_lost)
-        notice = f"{num_lost} steps up to {state.samples_seen:,} samples were left out: {', '.join(names)} not finite"
+        notice = f"{num_lost} steps up to {state.samples_seen:,} samples were lost: {', '.join(names)} not finite"
         around.report(_progress(config, state, notice=notice))
     around.tracker.log_metrics(metrics, state.samples_seen)
     around.report(_progress(config, state, metrics))
