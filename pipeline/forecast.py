@@ -64,6 +64,7 @@ class Forecast:
         num_rows: rows that are still to be encoded.
         num_rows_in_all: rows of the finished cache.
         num_measured: rows that the measurement encoded.
+        start_seconds: from the start of a worker's process until it is ready to encode.
         config: the prices.
     """
 
@@ -73,12 +74,13 @@ class Forecast:
     num_rows: int
     num_rows_in_all: int
     num_measured: int
+    start_seconds: float
     config: ForecastConfig
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time of what is missing, without the start of Ray."""
-        return self.num_rows / self.rows_per_second
+        """Wall-clock time of what is missing, with the start of the workers and without that of Ray."""
+        return self.start_seconds + self.num_rows / self.rows_per_second
 
     @property
     def worker_hours(self) -> float:
@@ -113,8 +115,8 @@ class Forecast:
         lines = [
             f"  measured {self.num_measured:,} rows of this dataset on this machine: {each:.1f} rows/s a worker, "
             f"{self.bytes_per_row:,.0f} bytes a row",
-            f"  time     {self.num_rows:,} rows / ({self.num_workers} workers x {each:.1f} rows/s) = "
-            f"{_duration(self.seconds)}, {self.worker_hours:.3g} worker hours",
+            f"  time     {self.start_seconds:.0f} s start + {self.num_rows:,} rows / ({self.num_workers} workers x "
+            f"{each:.1f} rows/s) = {_duration(self.seconds)}, {self.worker_hours:.3g} worker hours",
             f"  bytes    {self.num_rows:,} rows x {self.bytes_per_row:,.0f} = {size / 1e9:.3g} GB",
         ]
         return "\n".join(lines + self._money())
@@ -145,49 +147,62 @@ def forecast(config: LatentsConfig, plan: Plan, todo: list[ShardTask], prices: F
     # A process would take the first GPU however many there are, so one is measured and stands for all.
     num_processes = 1 if plan.resources.num_gpus else min(num_workers, _num_fitting(plan), MAX_PROCESSES)
     with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(_measure, config, todo, prices.seconds) for _ in range(num_processes)]
+        jobs = [pool.submit(_measure, config, todo, prices.seconds, time.time()) for _ in range(num_processes)]
         measured = [job.result() for job in jobs]
     rate = sum(part.num_rows / part.seconds for part in measured) * num_workers / num_processes
     return Forecast(
         rows_per_second=rate,
         num_workers=num_workers,
-        bytes_per_row=sum(part.num_bytes for part in measured) / sum(part.num_sized for part in measured),
+        bytes_per_row=sum(part.num_bytes for part in measured) / sum(part.num_rows for part in measured),
         num_rows=sum(task.num_rows for task in todo),
         num_rows_in_all=plan.num_rows,
         num_measured=sum(part.num_rows for part in measured),
+        start_seconds=max(part.start_seconds for part in measured),
         config=prices,
     )
 
 
 class _Measured(NamedTuple):
-    """Rows that the stage, once it was warm, encoded in some seconds; bytes of more rows, since a few share less."""
+    """Rows that the stage, once it was warm, encoded in some seconds, the bytes that they took, and its start."""
 
     num_rows: int
     seconds: float
-    num_sized: int
     num_bytes: int
+    start_seconds: float
 
 
-def _measure(config: LatentsConfig, todo: list[ShardTask], seconds: float) -> _Measured:
+def _measure(config: LatentsConfig, todo: list[ShardTask], seconds: float, asked: float) -> _Measured:
+    """Encode rows of the missing shards for about some seconds, cut into shards as large as the first of them.
+
+    Args:
+        config: of the run.
+        todo: the missing shards.
+        seconds: how long.
+        asked: `time.time()` when the process was asked for.
+    """
     rows = itertools.chain.from_iterable(read_rows(task.source_name) for task in todo)
     with TemporaryDirectory(prefix="ldm-forecast-") as home:
         stage = EncodeStage(dataclasses.replace(config, root=f"{home}/latents"))
-        warm, spent, size = _encode(stage, home, todo[0], list(islice(rows, WARM_UP_ROWS)))
-        more = list(islice(rows, max(1, round(seconds * warm / spent))))
-        if not more:
-            return _Measured(warm, spent, warm, size)
-        num_rows, spent, more_size = _encode(stage, home, todo[0], more)
-        return _Measured(num_rows, spent, max(warm, num_rows), size if warm > num_rows else more_size)
+        warm = _encode(stage, home, todo[0], list(islice(rows, WARM_UP_ROWS)), time.time() - asked)
+        left = max(1, round(seconds * warm.num_rows / warm.seconds))
+        parts = []
+        while shard := list(islice(rows, min(left, todo[0].num_rows))):
+            parts.append(_encode(stage, home, todo[0], shard, warm.start_seconds))
+            left -= len(shard)
+        if sum(part.num_rows for part in parts) < warm.num_rows:
+            return warm  # a few rows share fewer captions, and say less
+        num_rows, spent, num_bytes = (sum(part[i] for part in parts) for i in range(3))
+        return _Measured(int(num_rows), spent, int(num_bytes), warm.start_seconds)
 
 
-def _encode(stage: EncodeStage, home: str, first: ShardTask, rows: list[Row]) -> tuple[int, float, int]:
+def _encode(stage: EncodeStage, home: str, first: ShardTask, rows: list[Row], start_seconds: float) -> _Measured:
     """Encode rows as a shard of their own, under the name of the first shard that they came from."""
     write_shard(f"{home}/dataset", first.split, first.name, rows)
     source = shard_path(f"{home}/dataset", first.split, first.name, "tar")
     task = dataclasses.replace(first, source_name=source, num_rows=len(rows))
     started = time.perf_counter()
     record = stage(task)
-    return len(rows), time.perf_counter() - started, record.num_bytes
+    return _Measured(len(rows), time.perf_counter() - started, record.num_bytes, start_seconds)
 
 
 def _num_fitting(plan: Plan) -> int:
