@@ -19,6 +19,7 @@ from ldm.training.world import World
 from tests.ranks import alone, run_ranks
 
 BATCH, MICRO, STEPS = 8, 2, 6
+STAGES: list[int | None] = [None, 0, 1, 2, 3]
 OPTIM = OptimConfig(lr=1e-2, clip_grad_norm=0.5)
 EMA = EmaConfig(half_life_samples=64, rampup_share=0.5)
 HOUSE = Path(__file__).parents[1]
@@ -102,9 +103,8 @@ def test_two_ranks_equal_one_for_every_engine_with_accumulation_clipping_and_ema
     reference = engine.weights()
     with engine.averaged():
         averaged_output = engine.wrapped(rows_of_step(0)[0]).detach()
-    stages: list[int | None] = [None, 0, 1, 2, 3]
-    run_ranks(2, train_and_save, stages, tmp_path)
-    for stage in stages:
+    run_ranks(2, train_and_save, STAGES, tmp_path)
+    for stage in STAGES:
         found = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
         assert found["norms"] == pytest.approx(norms, rel=1e-5), stage
         torch.testing.assert_close(found["averaged_output"], averaged_output, rtol=1e-5, atol=1e-6)
@@ -138,7 +138,64 @@ def held(weight: Tensor, world: World) -> Tensor:
 
 
 def test_a_resumed_engine_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
-    run_ranks(2, resume_and_save, [None, 2, 3], tmp_path)
+    run_ranks(2, resume_and_save, STAGES, tmp_path)
+
+
+def save_halfway(world: World, stages: list[int | None], folder: Path) -> None:
+    for stage in stages:
+        engine = engine_of(stage, world, folder)
+        train_steps(engine, world, range(3))
+        place = folder / f"{world.size}-ranks-{stage}"
+        engine.save(place)
+        averages = engine.weights()
+        if world.is_main:
+            torch.save(averages, place / "averages")
+        world.barrier()
+
+
+def go_on_from_each(world: World, stages: list[int | None], folder: Path) -> None:
+    """Every engine takes over what every other saved, without a bit's loss, and ends where one process ends."""
+    reference = torch.load(folder / "reference", weights_only=True)
+    for place in sorted(folder.glob("*-ranks-*")):
+        averages = torch.load(place / "averages", weights_only=True)
+        for stage in stages:
+            engine = engine_of(stage, world, folder)
+            train_steps(engine, world, range(20, 21))  # what a load must replace, moments too
+            engine.load(place)
+            found = engine.weights()
+            assert all(torch.equal(found[name], averages[name]) for name in averages), f"{place.name} in {stage}"
+            norms = train_steps(engine, world, range(3, STEPS))
+            assert norms == pytest.approx(reference["norms"][3:], rel=1e-5), f"{place.name} in {stage}"
+            found = engine.weights()
+            for name, weight in reference["ema"].items():
+                torch.testing.assert_close(
+                    found[name], weight, rtol=1e-5, atol=1e-6, msg=f"{place.name} in {stage}: {name}"
+                )
+
+
+def test_every_engine_goes_on_from_what_any_other_saved_on_other_ranks(tmp_path: Path) -> None:
+    engine = engine_of(None, alone(), tmp_path)
+    norms = train_steps(engine, alone(), range(STEPS))
+    torch.save({"norms": norms, "ema": engine.weights()}, tmp_path / "reference")
+    save_halfway(alone(), [None], tmp_path)
+    run_ranks(2, save_halfway, STAGES, tmp_path)
+    run_ranks(2, go_on_from_each, [None, 2, 3], tmp_path)
+    run_ranks(1, go_on_from_each, [None, 2], tmp_path)
+    run_ranks(4, go_on_from_each, [3], tmp_path)
+
+
+def test_a_checkpoint_of_another_network_or_with_a_file_missing_is_refused_with_what_is_missing(tmp_path: Path) -> None:
+    run_ranks(2, save_halfway, [2], tmp_path)
+    place = tmp_path / "2-ranks-2"
+    engine = engine_of(None, alone(), tmp_path)
+    (place / "fragments-00001.pt").unlink()
+    with pytest.raises(ValueError, match="does not hold all of the weight of"):
+        engine.load(place)
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Linear(8, 30), nn.SiLU(), nn.Linear(30, 4), nn.Linear(4, 4))
+    engine = LocalEngine(other, OPTIM, EMA, EngineConfig(), alone())
+    with pytest.raises(ValueError, match=r"another network: it lacks 3.bias, 3.weight; of another shape are 0.bias"):
+        engine.load(place)
 
 
 def test_averages_are_swapped_in_only_for_the_block() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.training.autoencoder_task import AutoencoderTask
 from ldm.training.checkpoint import CheckpointStore
+from ldm.training.fragments import MOMENTS
 from ldm.training.loop import Progress, Surroundings, train
 from ldm.training.record import SilentTracker
 from ldm.training.state import TrainState
@@ -131,8 +132,9 @@ def test_a_lost_step_of_the_discriminator_leaves_it_and_its_memory_and_is_counte
 def optimizer_of(task: AutoencoderTask, folder: Path) -> Tensor:
     """Return all numbers of the autoencoder's optimizer, its steps too, as it is saved."""
     task.autoencoder.save(folder)
-    state = torch.load(folder / "local.pt", weights_only=True)["optimizer"]["state"]
-    return torch.cat([value.flatten() for numbers in state.values() for value in numbers.values()])
+    held = torch.load(folder / "fragments-00000.pt", weights_only=True)["held"]
+    moments = [piece["parts"][moment] for piece in held.values() for moment in MOMENTS]
+    return torch.cat([*moments, torch.tensor([piece["steps"] for piece in held.values()])])
 
 
 def test_a_run_with_lost_steps_ends_well_and_says_how_many_there_were(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_not_used_and_the_one_before_gives_the_same_end(
 ) -> None:
     config = tiny_config(folder, "damaged")
     stopping_after(config, 5)
-    newest = sorted((folder / "damaged" / "checkpoints").glob("0*"))[-1] / "unet" / "local.pt"
+    newest = sorted((folder / "damaged" / "checkpoints").glob("0*"))[-1] / "unet" / "fragments-00000.pt"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)

@@ -33,7 +33,7 @@ from ldm.text_to_image import (
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig, call_in_own_dtype
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import Engine, EngineConfig, EngineKind
+from ldm.training.engine import Engine, EngineConfig
 from ldm.training.engines import build_engine
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import LoopConfig, Progress, Surroundings, train
@@ -126,9 +126,7 @@ class TrainLdmConfig(Config):
         """Return what a checkpoint must have been made with to be resumed; lengths and intervals may change."""
         parts = {"unet": self.unet, "optim": self.optim, "ema": self.ema}
         own = {name: part.to_dict() for name, part in parts.items()} | {"objective": self.objective.of_training()}
-        engine: dict[str, object] = {"kind": self.engine.kind.value, "precision": self.engine.precision.value}
-        if self.engine.kind is EngineKind.DEEPSPEED:  # its shards are loaded on as many workers, under the same stage
-            engine |= {"zero_config": self.engine.zero_config, "num_workers": self.launch.num_workers}
+        engine = {"precision": self.engine.precision.value}  # any engine on as many workers reads what another saved
         if self.conditioning != ConditioningConfig():
             own["conditioning"] = self.conditioning.to_dict()
         if self.image_size:

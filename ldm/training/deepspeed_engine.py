@@ -1,16 +1,20 @@
 """THE DeepSpeed file: optimizer state, gradients and weights sharded by ZeRO (Rajbhandari et al. 2020).
 
-What DeepSpeed owns (stage, offload, buckets) is read from a JSON file; batch, precision, clipping and learning rate are
-ours, and a file that sets them too is refused. The moving average lies where the weights lie: whole on every process
-under stages 0 to 2, in the process's own slice under stage 3.
+What DeepSpeed owns (stage, offload, buckets) is read from a JSON file; batch, precision, clipping and learning rate
+are ours, and a file that sets them too is refused. Under stages 1 to 3 a process holds its slices of the float32
+weights, of their moments and of the moving average in flat tensors, one for each of DeepSpeed's groups; checkpoints are
+fragments of them, which any engine on any number of processes reads (`ldm.training.fragments`). Stage 0 is data
+parallel as the local engine is: whole weights in float32, the forward pass in the precision asked for.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,26 @@ from torch import Tensor, nn
 
 from ldm import storage
 from ldm.training.ema import Ema, EmaConfig, swapped_in
-from ldm.training.engine import EngineConfig, Precision
+from ldm.training.engine import (
+    FIRST_LOSS_SCALE,
+    LOSS_SCALE_STEPS,
+    EngineConfig,
+    Precision,
+    autocast,
+    buffers_of,
+    loss_scaler,
+)
+from ldm.training.fragments import (
+    AVERAGE,
+    MOMENTS,
+    WEIGHT,
+    Fragment,
+    begin_moments,
+    load_fragments,
+    save_fragments,
+    shapes_of,
+    whole_fragments,
+)
 from ldm.training.optim import OptimConfig, build_optimizer, leave_out, set_learning_rate
 from ldm.training.world import World
 
@@ -36,7 +59,6 @@ OURS = {
     "fp16": "engine.precision",
     "bf16": "engine.precision",
 }
-TAG = "zero"
 
 # This op serves only inference_all_reduce; building it needs a compiler and costs minutes at the first run.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -52,16 +74,30 @@ def zero_settings(config: EngineConfig, optim: OptimConfig, rows: int, world_siz
         world_size: number of processes.
 
     Raises:
-        ValueError: if the file sets what our own configuration decides, naming both values.
+        ValueError: if the file sets what our own configuration decides, naming both values, or asks for what is not
+            supported.
     """
     settings = json.loads(storage.read_text(_located(config.zero_config)))
+    stage = _stage_of(settings)
+    if stage == 0 and config.precision is Precision.FP16:
+        raise ValueError(f"{config.zero_config} is stage 0, which has no fp16: take stage 1, or engine.kind local")
+    for name in ("offload_optimizer", "offload_param"):
+        offload = settings.get("zero_optimization", {}).get(name, {})
+        if offload.get("device") == "nvme" or offload.get("ratio", 1.0) != 1.0:
+            raise ValueError(f"{config.zero_config}: {name} must be all on the cpu, where checkpoints read it")
     micro_batches = config.micro_batches(rows)
     ours = {
         "train_batch_size": rows * world_size,
         "train_micro_batch_size_per_gpu": micro_batches[0][1],
         "gradient_accumulation_steps": len(micro_batches),
         "gradient_clipping": optim.clip_grad_norm,
-        "bf16": {"enabled": config.precision is Precision.BF16},
+        "bf16": {"enabled": config.precision is Precision.BF16 and stage > 0},
+        "fp16": {
+            "enabled": config.precision is Precision.FP16,
+            "initial_scale_power": int(math.log2(FIRST_LOSS_SCALE)),
+            "loss_scale_window": LOSS_SCALE_STEPS,
+            "hysteresis": 1,
+        },
     }
     for name, home in OURS.items():
         if name in settings:
@@ -78,6 +114,23 @@ def _located(path: str) -> str:
     return path if storage.exists(path) or not beside.is_file() else str(beside)
 
 
+def _stage_of(settings: dict[str, Any]) -> int:
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Slice:
+    """What a process holds of a weight: `numel` elements from `start` on, at `offset` of a flat tensor."""
+
+    flat: int
+    offset: int
+    start: int
+    numel: int
+
+    def of(self, flats: Sequence[Tensor]) -> Tensor:
+        return flats[self.flat].narrow(0, self.offset, self.numel)
+
+
 class DeepSpeedEngine:
     """ZeRO stages 0 to 3."""
 
@@ -88,7 +141,10 @@ class DeepSpeedEngine:
         settings = zero_settings(config, optim, rows, world.size)
         self.raw = module
         self._world = world
-        self._stage = int(settings.get("zero_optimization", {}).get("stage", 0))
+        self._stage = _stage_of(settings)
+        self._precision = config.precision
+        if config.is_compiled:
+            module.compile()
         self._optimizer = build_optimizer(module.parameters(), optim)
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -96,7 +152,9 @@ class DeepSpeedEngine:
             config=settings,
             dist_init_required=not torch.distributed.is_initialized(),
         )
-        self._ema = Ema(self._local_weights(), ema) if ema.half_life_samples else None
+        self._weights: dict[str, Any] = dict(module.named_parameters())
+        averaged = dict(self._weights) if self._stage == 0 else {str(i): f for i, f in enumerate(self._flats())}
+        self._ema = Ema(averaged, ema) if ema.half_life_samples else None
         self.wrapped: Callable[..., Any] = self._engine
 
     def update(self, micro_losses: Sequence[Callable[[], Tensor]], lr: float, samples: tuple[int, int]) -> Tensor:
@@ -104,13 +162,16 @@ class DeepSpeedEngine:
         set_learning_rate(self._engine.optimizer, lr)
         norm = torch.zeros(())
         for micro_loss in micro_losses:
-            self._engine.backward(micro_loss())
+            with autocast(self._precision if self._stage == 0 else Precision.FP32, self._world.device):
+                loss = micro_loss()
+            self._engine.backward(loss)
             if self._stage == 0:  # DeepSpeed clips here without telling the norm
                 norm = nn.utils.get_total_norm([p.grad for p in self.raw.parameters() if p.grad is not None])
                 leave_out(self._optimizer, ~norm.isfinite())  # the other stages do so by themselves
             self._engine.step()
         if self._ema is not None:
-            self._ema.update(self._local_weights(), *samples)
+            flats = self._weights if self._stage == 0 else {str(i): flat for i, flat in enumerate(self._flats())}
+            self._ema.update(flats, *samples)
         if self._stage == 0:
             return norm
         # A plain number where the step was left out.
@@ -118,58 +179,137 @@ class DeepSpeedEngine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Run a block with the averaged weights in `raw`."""
+        """Run a block with the averaged weights in `raw`: under stage 3 in the slices, and whole where weights are."""
         if self._ema is None:
             yield
             return
-        averages = self._ema.state_dict()
-        with swapped_in(self._local_weights(), averages), swapped_in(*self._resident(averages)):
+        if self._stage < 3:
+            with swapped_in(self._weights, {name: self._whole(name, AVERAGE) for name in self._trained()}):
+                yield
+            return
+        slices, averages = self._slices(), self._ema.averages
+        held = {name: weight.ds_tensor.narrow(0, 0, slices[name].numel) for name, weight in self._trained().items()}
+        resident = [n for n, w in self._trained().items() if w.ds_status is ZeroParamStatus.AVAILABLE]
+        with (
+            swapped_in(held, {name: slices[name].of(averages) for name in held}),
+            swapped_in(
+                {name: self._weights[name].data for name in resident},
+                {name: self._whole(name, AVERAGE) for name in resident},
+            ),
+        ):
             yield
 
     def weights(self) -> dict[str, Tensor]:
         """Return the whole averaged weights, float32 on the CPU."""
-        local = self._local_weights() if self._ema is None else self._ema.state_dict()
-        parameters = dict(self.raw.named_parameters())
-        return {name: self._whole(parameters[name], part).float().cpu().clone() for name, part in local.items()}
+        part = WEIGHT if self._ema is None else AVERAGE
+        trained = self._trained()
+        return {
+            name: (self._whole(name, part) if name in trained else weight.detach()).float().cpu().clone()
+            for name, weight in self._weights.items()
+        }
 
     def save(self, folder: Path) -> None:
-        """Write every process's shard, and the averages."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        if self._ema is not None and (self._world.is_main or self._stage == 3):
-            torch.save(self._ema.state_dict(), folder / self._ema_name())
+        """Write what this process holds that no other does."""
+        if self._stage > 0 or self._world.is_main:
+            extra = {"buffers": buffers_of(self.raw), "scaler": self._scaler_state()}
+            save_fragments(folder, self._world.rank, self._fragments(), shapes_of(self._weights), extra)
 
     def load(self, folder: Path) -> None:
-        """Take over what `save` wrote on as many processes."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
-        if loaded is None:
-            raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
+        """Take over what any engine's `save` wrote, on any number of processes."""
+        held: Sequence[Tensor] = self._flats() if self._stage else list(self._weights.values())
+        for tensor in held:
+            begin_moments(self._optimizer, tensor, 0.0)
+        loaded = load_fragments(folder, self._fragments(), shapes_of(self._weights))
+        if self._stage == 0:
+            for name, weight in self._weights.items():
+                begin_moments(self._optimizer, weight, loaded.steps.get(name, 0.0))
+        else:
+            for flat in held:
+                begin_moments(self._optimizer, flat, max(loaded.steps.values(), default=0.0))
+            self._take_over_flats()
+        self.raw.load_state_dict(loaded.extra["buffers"], strict=False)
+        self._set_scaler_state(loaded.extra["scaler"])
+
+    def _trained(self) -> dict[str, Any]:
+        return {name: weight for name, weight in self._weights.items() if weight.requires_grad}
+
+    def _flats(self) -> list[Tensor]:
+        """The float32 weights that this process holds, flat and padded, one tensor for each of DeepSpeed's groups."""
+        zero = self._engine.optimizer
+        return list(zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups)
+
+    def _slices(self) -> dict[str, _Slice]:
+        """What this process holds of each weight; under stages 1 and 2 there are weights of which it holds nothing."""
+        found = {}
+        for name, weight in self._trained().items():
+            if self._stage == 3:
+                zero = self._engine.optimizer
+                flat, offset, size = zero.grad_position[zero.get_param_id(weight)]
+                start = self._world.rank * size
+                numel = max(0, min(size, weight.ds_numel - start))  # the last ones are padded
+                found[name] = _Slice(flat=flat, offset=offset, start=start, numel=numel)
+            elif (mapping := weight._hp_mapping) is not None:
+                found[name] = _Slice(
+                    flat=mapping.param_group_index,
+                    offset=mapping.hp_fragment_address.start,
+                    start=mapping.lp_fragment_address.start,
+                    numel=mapping.hp_fragment_address.numel,
+                )
+        return found
+
+    def _fragments(self) -> dict[str, Fragment]:
+        if self._stage == 0:
+            return whole_fragments(self._weights, self._optimizer, {} if self._ema is None else self._ema.state_dict())
+        flats = self._flats()
+        states = [self._optimizer.state.get(flat, {}) for flat in flats]
+        parts = {WEIGHT: flats, **{m: [state[m] for state in states] for m in MOMENTS if all(states)}}
         if self._ema is not None:
-            saved = torch.load(folder / self._ema_name(), map_location=self._world.device, weights_only=True)
-            self._ema.load_state_dict(saved)
-
-    def _ema_name(self) -> str:
-        return f"ema-{self._world.rank if self._stage == 3 else 0:05d}.pt"
-
-    def _local_weights(self) -> dict[str, Tensor]:
-        """What this process holds of each weight: all of it, or under stage 3 its slice."""
-        return {name: getattr(weight, "ds_tensor", weight) for name, weight in self.raw.named_parameters()}
-
-    def _whole(self, weight: Any, part: Tensor) -> Tensor:
-        """Return the whole of a weight from every process's flat slice (the last one padded)."""
-        if not hasattr(weight, "ds_tensor"):
-            return part
-        slices = [torch.empty_like(part) for _ in range(self._world.size)]
-        torch.distributed.all_gather(slices, part.contiguous())
-        whole: Tensor = torch.cat(slices)[: weight.ds_numel].view(weight.ds_shape)
-        return whole
-
-    def _resident(self, averages: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the weights that stage 3 keeps whole on every process, and their whole averages."""
-        parameters: list[tuple[str, Any]] = list(self.raw.named_parameters())
-        whole = {
-            name: weight
-            for name, weight in parameters
-            if hasattr(weight, "ds_tensor") and weight.ds_status is ZeroParamStatus.AVAILABLE
+            parts[AVERAGE] = self._ema.averages
+        return {
+            name: Fragment(
+                start=held.start,
+                parts={part: held.of(tensors) for part, tensors in parts.items()},
+                steps=float(states[held.flat].get("step", 0.0)),
+            )
+            for name, held in self._slices().items()
         }
-        return {n: w.data for n, w in whole.items()}, {n: self._whole(w, averages[n]) for n, w in whole.items()}
+
+    def _whole(self, name: str, part: str) -> Tensor:
+        """Return a whole weight or average, float32, put together from every process's slice."""
+        weight = self._weights[name]
+        if self._stage == 0:
+            return weight.detach() if part == WEIGHT or self._ema is None else self._ema.state_dict()[name]
+        shape = shapes_of({name: weight})[name]
+        whole = torch.zeros(math.prod(shape), device=self._world.device)
+        held = self._slices().get(name)
+        if held is not None:
+            flats = self._flats() if part == WEIGHT or self._ema is None else self._ema.averages
+            whole.narrow(0, held.start, held.numel).copy_(held.of(flats).detach())
+        torch.distributed.all_reduce(whole)
+        return whole.view(shape)
+
+    def _take_over_flats(self) -> None:
+        """Bring what was loaded into the float32 weights to those that compute."""
+        zero = self._engine.optimizer
+        if self._stage < 3:
+            zero.update_lp_params()
+            return
+        zero.checkpoint_event_prologue()
+        for flat, computing in zip(self._flats(), zero.fp16_partitioned_groups_flat, strict=True):
+            computing.data.copy_(flat.data)
+        zero.checkpoint_event_epilogue()
+
+    def _scaler_state(self) -> dict[str, Any]:
+        """Return the loss scale as torch's own scaler has it; empty without one."""
+        state = loss_scaler(self._precision, torch.device("cpu")).state_dict()
+        if not state:
+            return {}
+        scaler = self._engine.optimizer.loss_scaler
+        good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return {**state, "scale": float(scaler.cur_scale), "_growth_tracker": good_steps}
+
+    def _set_scaler_state(self, state: dict[str, Any]) -> None:
+        if self._precision is Precision.FP16:
+            scaler = self._engine.optimizer.loss_scaler
+            scaler.cur_scale = state["scale"]
+            scaler.cur_iter = scaler.last_overflow_iter + 1 + state["_growth_tracker"]

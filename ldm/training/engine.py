@@ -17,10 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm.config import Config
+from ldm.config import Config, added_later
 from ldm.training.ema import Ema, EmaConfig, swapped_in
-from ldm.training.optim import OptimConfig, build_optimizer, lay_out_like_weights, leave_out, set_learning_rate
+from ldm.training.fragments import begin_moments, load_fragments, save_fragments, shapes_of, whole_fragments
+from ldm.training.optim import OptimConfig, build_optimizer, leave_out, set_learning_rate
 from ldm.training.world import World
+
+FIRST_LOSS_SCALE = 2.0**16
+"""What fp16's losses are multiplied by at first; halved by each overflow."""
+LOSS_SCALE_STEPS = 2_000
+"""Steps in a row without an overflow after which the scale is doubled."""
 
 
 class EngineKind(StrEnum):
@@ -35,6 +41,12 @@ class Precision(StrEnum):
 
     FP32 = "fp32"
     BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype of its name."""
+        return {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}[self]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +58,10 @@ class EngineConfig(Config):
     zero_config: str = "infra/deepspeed/zero2.json"
     """DeepSpeed's own settings (stage, offload, buckets); batch, rate, clipping and precision come from here."""
     precision: Precision = Precision.FP32
-    """fp32, or bf16 where the hardware has it (slower than fp32 on a CPU without AMX)."""
+    """fp32; bf16 where the hardware has it (slower than fp32 on a CPU without AMX); fp16 with a dynamic loss scale: a
+    step whose scaled gradient overflows is lost, and the scale halved."""
+    is_compiled: bool = added_later(False)
+    """Whether torch.compile makes kernels of the network; minutes at the first step, and a C++ compiler on a CPU."""
     micro_batch_size: int = 0
     """Rows of one forward pass on one process; 0 takes the process's whole share of the batch."""
 
@@ -108,6 +123,9 @@ class LocalEngine:
         self._config = config
         self._optimizer = build_optimizer(self.raw.parameters(), optim)
         self._ema = Ema(dict(self.raw.named_parameters()), ema) if ema.half_life_samples else None
+        self._scaler = loss_scaler(config.precision, world.device)
+        if config.is_compiled:
+            self.raw.compile()
         self.wrapped: Callable[..., Any] = DistributedDataParallel(self.raw) if world.size > 1 else self.raw
 
     def update(self, micro_losses: Sequence[Callable[[], Tensor]], lr: float, samples: tuple[int, int]) -> Tensor:
@@ -115,58 +133,77 @@ class LocalEngine:
         self._optimizer.zero_grad(set_to_none=True)
         for i, micro_loss in enumerate(micro_losses):
             with self._maybe_unsynchronised(is_last=i == len(micro_losses) - 1):
-                with self._autocast():
+                with autocast(self._config.precision, self._world.device):
                     loss = micro_loss()
-                torch.autograd.backward(loss / len(micro_losses))
+                torch.autograd.backward(self._scaler.scale(loss / len(micro_losses)))
+        self._scaler.unscale_(self._optimizer)
         bound = self._optim.clip_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(), bound, error_if_nonfinite=False)
         set_learning_rate(self._optimizer, lr)
         leave_out(self._optimizer, ~norm.isfinite())
         self._optimizer.step()
+        self._scaler.update()
         if self._ema is not None:
             self._ema.update(dict(self.raw.named_parameters()), *samples)
         return norm
 
     def averaged(self) -> AbstractContextManager[None]:
         """Run a block with the averaged weights in `raw`."""
-        return (
-            nullcontext()
-            if self._ema is None
-            else swapped_in(dict(self.raw.named_parameters()), self._ema.state_dict())
-        )
+        return nullcontext() if self._ema is None else swapped_in(dict(self.raw.named_parameters()), self._averages())
 
     def weights(self) -> dict[str, Tensor]:
         """Return the averaged weights, float32 on the CPU."""
-        source = dict(self.raw.named_parameters()) if self._ema is None else self._ema.state_dict()
+        source = self._averages() or dict(self.raw.named_parameters())
         return {name: weight.detach().float().cpu().clone() for name, weight in source.items()}
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer and averages; every process holds the same, the main one writes."""
         if not self._world.is_main:
             return
-        content = {
-            "module": self.raw.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "ema": None if self._ema is None else self._ema.state_dict(),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(content, folder / "local.pt")
+        weights = dict(self.raw.named_parameters())
+        fragments = whole_fragments(weights, self._optimizer, self._averages())
+        extra = {"buffers": buffers_of(self.raw), "scaler": self._scaler.state_dict()}
+        save_fragments(folder, self._world.rank, fragments, shapes_of(weights), extra)
 
     def load(self, folder: Path) -> None:
-        """Take over what `save` wrote."""
-        content = torch.load(folder / "local.pt", map_location=self._world.device, weights_only=True)
-        self.raw.load_state_dict(content["module"])
-        self._optimizer.load_state_dict(content["optimizer"])
-        lay_out_like_weights(self._optimizer)
-        if self._ema is not None:
-            self._ema.load_state_dict(content["ema"])
+        """Take over what any engine's `save` wrote."""
+        weights = dict(self.raw.named_parameters())
+        for weight in weights.values():
+            begin_moments(self._optimizer, weight, 0.0)
+        fragments = whole_fragments(weights, self._optimizer, self._averages())
+        loaded = load_fragments(folder, fragments, shapes_of(weights))
+        for name, weight in weights.items():
+            begin_moments(self._optimizer, weight, loaded.steps.get(name, 0.0))
+        self.raw.load_state_dict(loaded.extra["buffers"], strict=False)
+        self._scaler.load_state_dict(loaded.extra["scaler"])
+
+    def _averages(self) -> dict[str, Tensor]:
+        return {} if self._ema is None else self._ema.state_dict()
 
     def _maybe_unsynchronised(self, is_last: bool) -> AbstractContextManager[None]:
         if isinstance(self.wrapped, DistributedDataParallel) and not is_last:
             return self.wrapped.no_sync()
         return nullcontext()
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._config.precision is Precision.FP32:
-            return nullcontext()
-        return torch.autocast(self._world.device.type, dtype=torch.bfloat16)
+
+def loss_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """Return the dynamic scale of the loss, which fp16's narrow range needs and the others go without."""
+    return torch.amp.GradScaler(
+        device.type,
+        init_scale=FIRST_LOSS_SCALE,
+        growth_interval=LOSS_SCALE_STEPS,
+        enabled=precision is Precision.FP16,
+    )
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the block in which a forward pass over float32 weights computes in a precision."""
+    if precision is Precision.FP32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=precision.dtype)
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a module's state holds beside its weights."""
+    weights = {name for name, _ in module.named_parameters()}
+    return {name: value for name, value in module.state_dict().items() if name not in weights}

@@ -94,13 +94,49 @@ def load_fragments(folder: Path, fragments: Mapping[str, Fragment], shapes: Shap
             found = _joined(pieces, part, fragment.start, target.numel())
             if found is not None:
                 target.copy_(found.view(target.shape))
-            elif part not in MOMENTS:  # a weight that no gradient has reached yet has none
+            elif part in MOMENTS:  # a weight that no gradient has reached yet has none
+                target.zero_()
+            else:
                 raise ValueError(f"{folder} does not hold all of the {part} of {name!r}")
     steps: dict[str, float] = {}
     for content in saved:
         for name, piece in content["held"].items():
             steps[name] = max(steps.get(name, 0.0), piece["steps"])
     return Loaded(steps=steps, extra=saved[0]["extra"])
+
+
+def whole_fragments(
+    weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor]
+) -> dict[str, Fragment]:
+    """Return the fragments of a process that holds all of every weight."""
+    stepped = {name: optimizer.state[weight] for name, weight in weights.items() if weight in optimizer.state}
+    counts = torch.stack([state["step"] for state in stepped.values()]).tolist() if stepped else []
+    steps = dict(zip(stepped, counts, strict=True))
+    return {
+        name: Fragment(
+            parts={
+                WEIGHT: weight,
+                **{moment: state[moment] for moment in MOMENTS if (state := stepped.get(name))},
+                **({AVERAGE: averages[name]} if name in averages else {}),
+            },
+            steps=steps.get(name, 0.0),
+        )
+        for name, weight in weights.items()
+    }
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the whole weights' shapes; ZeRO-3 leaves an empty weight that knows its own."""
+    return {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
+
+
+def begin_moments(optimizer: torch.optim.Optimizer, weight: Tensor, steps: float) -> None:
+    """Give a weight the moments that fused AdamW begins with, unless it has some, and say how many steps were made."""
+    state = optimizer.state[weight]
+    for moment in MOMENTS:
+        if moment not in state:
+            state[moment] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+    state["step"] = torch.tensor(steps, dtype=torch.float32, device=weight.device)
 
 
 def _joined(pieces: Iterable[Mapping[str, Any]], part: str, start: int, numel: int) -> Tensor | None:

@@ -86,15 +86,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-@torch.no_grad()
-def lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded moments the memory layout of their weights: fused AdamW goes through memory, whatever the strides."""
-    for weight, state in optimizer.state.items():
-        for name, moment in state.items():
-            if isinstance(moment, Tensor) and moment.shape == weight.shape and moment.stride() != weight.stride():
-                state[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
-
-
 def leave_out(optimizer: torch.optim.Optimizer, is_lost: Tensor) -> None:
     """Have the next step of a fused optimizer change nothing where `is_lost`, a bool on its device that stays there."""
     optimizer.found_inf = is_lost.to(torch.float32)  # type: ignore[attr-defined]
