@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.training.deepspeed_engine import zero_settings
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import Engine, EngineConfig, EngineKind, LocalEngine
+from ldm.training.engine import Engine, EngineConfig, EngineKind, LocalEngine, Precision
 from ldm.training.engines import build_engine
 from ldm.training.optim import Decay, OptimConfig, learning_rate
 from ldm.training.world import World
@@ -51,6 +52,55 @@ def train_steps(engine: Engine, world: World, steps: range) -> list[float]:
 def micro_loss(engine: Engine, inputs: Tensor, targets: Tensor) -> Tensor:
     loss: Tensor = (engine.wrapped(inputs) - targets).square().mean()
     return loss
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_fp16_begins_with_overflows_that_change_nothing_and_then_learns(size: int, tmp_path: Path) -> None:
+    run_ranks(size, train_in_fp16, tmp_path)
+
+
+def train_in_fp16(world: World, folder: Path) -> None:
+    config = EngineConfig(precision=Precision.FP16)
+    engine = LocalEngine(small_network(), OPTIM, EMA, config, world)
+    before = {name: weight.clone() for name, weight in engine.raw.state_dict().items()}
+    inputs, targets = (rows[world.rank :: world.size] for rows in rows_of_step(0))
+    losses = []
+
+    def loss_of(scale: float) -> Tensor:
+        output = engine.wrapped(inputs)
+        assert output.dtype is torch.float16
+        loss: Tensor = scale * (output.float() - targets).square().mean()
+        losses.append(loss.item() / scale)
+        return loss
+
+    # Gradients of 1e3 times 65,536 do not fit into fp16, whose largest number is 65,504.
+    lost = 0
+    while not (norm := engine.update([partial(loss_of, 1e3)], OPTIM.lr, (8, 8))).isfinite():
+        lost += 1
+        assert all(torch.equal(weight, before[name]) for name, weight in engine.raw.state_dict().items())
+    assert 1 <= lost < 16
+    assert norm.isfinite()
+    engine.save(folder / "fp16")
+    world.barrier()
+    resumed = LocalEngine(small_network(), OPTIM, EMA, config, world)
+    resumed.load(folder / "fp16")
+    # The scale came along: nothing overflows again.
+    engine = resumed
+    for step in range(60):
+        assert engine.update([partial(loss_of, 1e3)], OPTIM.lr, ((step + 2) * 8, 8)).isfinite()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_compiled_engine_makes_the_same_steps() -> None:
+    plain = LocalEngine(small_network(), OPTIM, EMA, EngineConfig(micro_batch_size=MICRO), alone())
+    compiled = LocalEngine(small_network(), OPTIM, EMA, EngineConfig(micro_batch_size=MICRO, is_compiled=True), alone())
+    norms = [train_steps(engine, alone(), range(STEPS)) for engine in (plain, compiled)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    weights = [engine.weights() for engine in (plain, compiled)]
+    assert list(weights[0]) == list(weights[1])
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-6)
 
 
 def engine_of(stage: int | None, world: World, folder: Path) -> Engine:
@@ -173,20 +223,29 @@ def go_on_from_each(world: World, stages: list[int | None], folder: Path) -> Non
                 )
 
 
-def test_every_engine_goes_on_from_what_any_other_saved_on_other_ranks(tmp_path: Path) -> None:
-    engine = engine_of(None, alone(), tmp_path)
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every engine saved after three steps, and what six steps give."""
+    folder = tmp_path_factory.mktemp("halfway")
+    engine = engine_of(None, alone(), folder)
     norms = train_steps(engine, alone(), range(STEPS))
-    torch.save({"norms": norms, "ema": engine.weights()}, tmp_path / "reference")
-    save_halfway(alone(), [None], tmp_path)
-    run_ranks(2, save_halfway, STAGES, tmp_path)
-    run_ranks(2, go_on_from_each, [None, 2, 3], tmp_path)
-    run_ranks(1, go_on_from_each, [None, 2], tmp_path)
-    run_ranks(4, go_on_from_each, [3], tmp_path)
+    torch.save({"norms": norms, "ema": engine.weights()}, folder / "reference")
+    save_halfway(alone(), [None], folder)
+    run_ranks(2, save_halfway, STAGES, folder)
+    return folder
 
 
-def test_a_checkpoint_of_another_network_or_with_a_file_missing_is_refused_with_what_is_missing(tmp_path: Path) -> None:
-    run_ranks(2, save_halfway, [2], tmp_path)
-    place = tmp_path / "2-ranks-2"
+@pytest.mark.parametrize("size, stages", [(2, [None, 2, 3]), (1, [None, 2]), (4, [3])])
+def test_every_engine_goes_on_from_what_any_other_saved_on_other_ranks(
+    halfway: Path, size: int, stages: list[int | None]
+) -> None:
+    run_ranks(size, go_on_from_each, stages, halfway)
+
+
+def test_a_checkpoint_of_another_network_or_with_a_file_missing_is_refused_with_what_is_missing(
+    halfway: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(halfway / "2-ranks-2", tmp_path / "damaged"))
     engine = engine_of(None, alone(), tmp_path)
     (place / "fragments-00001.pt").unlink()
     with pytest.raises(ValueError, match="does not hold all of the weight of"):
@@ -214,6 +273,24 @@ def test_a_deepspeed_file_that_sets_what_is_ours_is_refused_with_both_values(tmp
     path.write_text(json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}}))
     config = EngineConfig(kind=EngineKind.DEEPSPEED, zero_config=str(path))
     with pytest.raises(ValueError, match=r"sets 'train_batch_size' to 7, but batch size decides it \(now 16\)"):
+        zero_settings(config, OPTIM, rows=8, world_size=2)
+
+
+@pytest.mark.parametrize(
+    "content, precision, message",
+    [
+        ({"stage": 0}, Precision.FP16, "stage 0, which has no fp16: take stage 1, or engine.kind local"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, Precision.BF16, "offload_param must be all on the cpu"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, Precision.BF16, "must be all on the cpu"),
+    ],
+)
+def test_a_deepspeed_file_that_asks_for_what_is_not_supported_is_refused(
+    tmp_path: Path, content: dict[str, object], precision: Precision, message: str
+) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": content}))
+    config = EngineConfig(kind=EngineKind.DEEPSPEED, zero_config=str(path), precision=precision)
+    with pytest.raises(ValueError, match=message):
         zero_settings(config, OPTIM, rows=8, world_size=2)
 
 

@@ -133,7 +133,7 @@ def optimizer_of(task: AutoencoderTask, folder: Path) -> Tensor:
     """Return all numbers of the autoencoder's optimizer, its steps too, as it is saved."""
     task.autoencoder.save(folder)
     held = torch.load(folder / "fragments-00000.pt", weights_only=True)["held"]
-    moments = [piece["parts"][moment] for piece in held.values() for moment in MOMENTS]
+    moments = [piece["parts"][moment] for piece in held.values() for moment in MOMENTS if moment in piece["parts"]]
     return torch.cat([*moments, torch.tensor([piece["steps"] for piece in held.values()])])
 
 

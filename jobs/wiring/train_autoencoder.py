@@ -23,7 +23,7 @@ from ldm.training.autoencoder_task import AutoencoderTask
 from ldm.training.autoencoder_validation import AutoencoderValidation, HeldOutImages
 from ldm.training.checkpoint import LATEST_FILE, CheckpointStore
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import Engine, EngineConfig, EngineKind
+from ldm.training.engine import Engine, EngineConfig, EngineKind, Precision
 from ldm.training.engines import build_engine
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import LoopConfig, Progress, Surroundings, train
@@ -89,6 +89,8 @@ class TrainAutoencoderConfig(Config):
             raise ValueError(f"loss.codebook belongs to vq, got {self.loss.codebook} for kl")
         if self.engine.kind is not EngineKind.LOCAL or self.engine.micro_batch_size:
             raise ValueError("stage 1 trains two networks in turns: engine.kind is local, without micro-batches")
+        if self.engine.precision is Precision.FP16:
+            raise ValueError("stage 1 weighs its losses by their gradients, too small for fp16: take bf16 or fp32")
         if self.batch_size % self.num_streams:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of num_streams {self.num_streams}")
 
