@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing import start_processes
 
 from ldm.training.world import World, process_group
+
+# Ranks are forked from one process that has imported what takes seconds to import, and has done nothing else.
+multiprocessing.set_forkserver_preload(["ldm.training.deepspeed_engine", "jobs.wiring.train_ldm"])
 
 
 def run_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
@@ -18,7 +22,7 @@ def run_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_enter, (size, port, function, arguments), nprocs=size)
+    start_processes(_enter, (size, port, function, arguments), nprocs=size, start_method="forkserver")
 
 
 def alone() -> World:

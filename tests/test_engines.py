@@ -20,7 +20,16 @@ from ldm.training.world import World
 from tests.ranks import alone, run_ranks
 
 BATCH, MICRO, STEPS = 8, 2, 6
-STAGES: list[int | None] = [None, 0, 1, 2, 3]
+ON_CPU = {"device": "cpu"}
+ZERO: dict[str, dict[str, object]] = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "zero2-offload": {"stage": 2, "offload_optimizer": ON_CPU},
+    "zero3-offload": {"stage": 3, "offload_optimizer": ON_CPU, "offload_param": ON_CPU},
+}
+KINDS = ["local", *ZERO]
 OPTIM = OptimConfig(lr=1e-2, clip_grad_norm=0.5)
 EMA = EmaConfig(half_life_samples=64, rampup_share=0.5)
 HOUSE = Path(__file__).parents[1]
@@ -103,33 +112,33 @@ def test_a_compiled_engine_makes_the_same_steps() -> None:
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-6)
 
 
-def engine_of(stage: int | None, world: World, folder: Path) -> Engine:
-    """Return a DeepSpeed engine of a ZeRO stage, or the local one for None."""
-    if stage is None:
+def engine_of(kind: str, world: World, folder: Path) -> Engine:
+    """Return a DeepSpeed engine of a ZeRO stage, or the local one."""
+    if kind == "local":
         config = EngineConfig(micro_batch_size=MICRO)
     else:
-        path = folder / f"stage{stage}.json"
+        path = folder / f"{kind}.json"
         if world.is_main:
             own = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-            path.write_text(json.dumps({**own, "zero_optimization": {"stage": stage}}))
+            path.write_text(json.dumps({**own, "zero_optimization": ZERO[kind]}))
         world.barrier()
         config = EngineConfig(kind=EngineKind.DEEPSPEED, zero_config=str(path), micro_batch_size=MICRO)
     return build_engine(small_network(), OPTIM, EMA, config, world, BATCH // world.size)
 
 
-def train_and_save(world: World, stages: list[int | None], folder: Path) -> None:
-    for stage in stages:
-        engine = engine_of(stage, world, folder)
+def train_and_save(world: World, kinds: list[str], folder: Path) -> None:
+    for kind in kinds:
+        engine = engine_of(kind, world, folder)
         norms = train_steps(engine, world, range(STEPS))
         with engine.averaged():
             averaged_output = engine.wrapped(rows_of_step(0)[0]).detach()
         content = {"norms": norms, "ema": engine.weights(), "averaged_output": averaged_output}
         if world.is_main:
-            torch.save(content, folder / f"{stage}.pt")
-        refuse_what_is_not_finite(engine, world, str(stage))
+            torch.save(content, folder / f"{kind}.pt")
+        refuse_what_is_not_finite(engine, world, kind)
 
 
-def refuse_what_is_not_finite(engine: Engine, world: World, stage: str) -> None:
+def refuse_what_is_not_finite(engine: Engine, world: World, kind: str) -> None:
     """A gradient of one rank that is no number changes no weight on any, and the next step goes on."""
     inputs, targets = (rows[world.rank :: world.size] for rows in rows_of_step(STEPS))
     spoilt = targets * (float("nan") if world.rank == world.size - 1 else 1.0)
@@ -139,44 +148,44 @@ def refuse_what_is_not_finite(engine: Engine, world: World, stage: str) -> None:
     ]
     before = [held(weight, world).detach().clone() for weight in engine.raw.parameters()]
     norm = engine.update(losses, OPTIM.lr, ((STEPS + 1) * BATCH, BATCH))
-    assert not norm.isfinite(), stage
-    assert all(torch.equal(held(w, world), old) for w, old in zip(engine.raw.parameters(), before, strict=True)), stage
+    assert not norm.isfinite(), kind
+    assert all(torch.equal(held(w, world), old) for w, old in zip(engine.raw.parameters(), before, strict=True)), kind
     assert train_steps(engine, world, range(STEPS + 1, STEPS + 2))[0] < float("inf")
     moved = [not torch.equal(held(w, world), old) for w, old in zip(engine.raw.parameters(), before, strict=True)]
-    assert any(moved), stage
-    assert all(held(weight, world).isfinite().all() for weight in engine.raw.parameters()), stage
+    assert any(moved), kind
+    assert all(held(weight, world).isfinite().all() for weight in engine.raw.parameters()), kind
 
 
 def test_two_ranks_equal_one_for_every_engine_with_accumulation_clipping_and_ema(tmp_path: Path) -> None:
-    engine = engine_of(None, alone(), tmp_path)
+    engine = engine_of("local", alone(), tmp_path)
     norms = train_steps(engine, alone(), range(STEPS))
     reference = engine.weights()
     with engine.averaged():
         averaged_output = engine.wrapped(rows_of_step(0)[0]).detach()
-    run_ranks(2, train_and_save, STAGES, tmp_path)
-    for stage in STAGES:
-        found = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
-        assert found["norms"] == pytest.approx(norms, rel=1e-5), stage
+    run_ranks(2, train_and_save, KINDS, tmp_path)
+    for kind in KINDS:
+        found = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
+        assert found["norms"] == pytest.approx(norms, rel=1e-5), kind
         torch.testing.assert_close(found["averaged_output"], averaged_output, rtol=1e-5, atol=1e-6)
         for name, weight in reference.items():
-            torch.testing.assert_close(found["ema"][name], weight, rtol=1e-5, atol=1e-6, msg=f"stage {stage} {name}")
+            torch.testing.assert_close(found["ema"][name], weight, rtol=1e-5, atol=1e-6, msg=f"{kind} {name}")
 
 
-def resume_and_save(world: World, stages: list[int | None], folder: Path) -> None:
-    for stage in stages:
-        unbroken = engine_of(stage, world, folder)
+def resume_and_save(world: World, kinds: list[str], folder: Path) -> None:
+    for kind in kinds:
+        unbroken = engine_of(kind, world, folder)
         train_steps(unbroken, world, range(STEPS))
-        broken = engine_of(stage, world, folder)
+        broken = engine_of(kind, world, folder)
         train_steps(broken, world, range(3))
-        broken.save(folder / f"save-{stage}")
+        broken.save(folder / f"save-{kind}")
         world.barrier()
-        resumed = engine_of(stage, world, folder)
-        resumed.load(folder / f"save-{stage}")
+        resumed = engine_of(kind, world, folder)
+        resumed.load(folder / f"save-{kind}")
         train_steps(resumed, world, range(3, STEPS))
         left, right = unbroken.weights(), resumed.weights()
-        assert all(torch.equal(left[name], right[name]) for name in left), f"averages differ under {stage}"
+        assert all(torch.equal(left[name], right[name]) for name in left), f"averages differ under {kind}"
         for mine, other in zip(unbroken.raw.parameters(), resumed.raw.parameters(), strict=True):
-            assert torch.equal(held(mine, world), held(other, world)), f"weights differ under {stage}"
+            assert torch.equal(held(mine, world), held(other, world)), f"weights differ under {kind}"
 
 
 def held(weight: Tensor, world: World) -> Tensor:
@@ -188,14 +197,14 @@ def held(weight: Tensor, world: World) -> Tensor:
 
 
 def test_a_resumed_engine_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
-    run_ranks(2, resume_and_save, STAGES, tmp_path)
+    run_ranks(2, resume_and_save, KINDS, tmp_path)
 
 
-def save_halfway(world: World, stages: list[int | None], folder: Path) -> None:
-    for stage in stages:
-        engine = engine_of(stage, world, folder)
+def save_halfway(world: World, kinds: list[str], folder: Path) -> None:
+    for kind in kinds:
+        engine = engine_of(kind, world, folder)
         train_steps(engine, world, range(3))
-        place = folder / f"{world.size}-ranks-{stage}"
+        place = folder / f"{world.size}-ranks-{kind}"
         engine.save(place)
         averages = engine.weights()
         if world.is_main:
@@ -203,23 +212,23 @@ def save_halfway(world: World, stages: list[int | None], folder: Path) -> None:
         world.barrier()
 
 
-def go_on_from_each(world: World, stages: list[int | None], folder: Path) -> None:
+def go_on_from_each(world: World, kinds: list[str], folder: Path) -> None:
     """Every engine takes over what every other saved, without a bit's loss, and ends where one process ends."""
     reference = torch.load(folder / "reference", weights_only=True)
     for place in sorted(folder.glob("*-ranks-*")):
         averages = torch.load(place / "averages", weights_only=True)
-        for stage in stages:
-            engine = engine_of(stage, world, folder)
+        for kind in kinds:
+            engine = engine_of(kind, world, folder)
             train_steps(engine, world, range(20, 21))  # what a load must replace, moments too
             engine.load(place)
             found = engine.weights()
-            assert all(torch.equal(found[name], averages[name]) for name in averages), f"{place.name} in {stage}"
+            assert all(torch.equal(found[name], averages[name]) for name in averages), f"{place.name} in {kind}"
             norms = train_steps(engine, world, range(3, STEPS))
-            assert norms == pytest.approx(reference["norms"][3:], rel=1e-5), f"{place.name} in {stage}"
+            assert norms == pytest.approx(reference["norms"][3:], rel=1e-5), f"{place.name} in {kind}"
             found = engine.weights()
             for name, weight in reference["ema"].items():
                 torch.testing.assert_close(
-                    found[name], weight, rtol=1e-5, atol=1e-6, msg=f"{place.name} in {stage}: {name}"
+                    found[name], weight, rtol=1e-5, atol=1e-6, msg=f"{place.name} in {kind}: {name}"
                 )
 
 
@@ -227,26 +236,28 @@ def go_on_from_each(world: World, stages: list[int | None], folder: Path) -> Non
 def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What every engine saved after three steps, and what six steps give."""
     folder = tmp_path_factory.mktemp("halfway")
-    engine = engine_of(None, alone(), folder)
+    engine = engine_of("local", alone(), folder)
     norms = train_steps(engine, alone(), range(STEPS))
     torch.save({"norms": norms, "ema": engine.weights()}, folder / "reference")
-    save_halfway(alone(), [None], folder)
-    run_ranks(2, save_halfway, STAGES, folder)
+    save_halfway(alone(), ["local"], folder)
+    run_ranks(2, save_halfway, KINDS, folder)
     return folder
 
 
-@pytest.mark.parametrize("size, stages", [(2, [None, 2, 3]), (1, [None, 2]), (4, [3])])
+@pytest.mark.parametrize(
+    "size, kinds", [(2, ["local", "zero2", "zero3"]), (1, ["local", "zero2-offload"]), (4, ["zero3"])]
+)
 def test_every_engine_goes_on_from_what_any_other_saved_on_other_ranks(
-    halfway: Path, size: int, stages: list[int | None]
+    halfway: Path, size: int, kinds: list[str]
 ) -> None:
-    run_ranks(size, go_on_from_each, stages, halfway)
+    run_ranks(size, go_on_from_each, kinds, halfway)
 
 
 def test_a_checkpoint_of_another_network_or_with_a_file_missing_is_refused_with_what_is_missing(
     halfway: Path, tmp_path: Path
 ) -> None:
-    place = Path(shutil.copytree(halfway / "2-ranks-2", tmp_path / "damaged"))
-    engine = engine_of(None, alone(), tmp_path)
+    place = Path(shutil.copytree(halfway / "2-ranks-zero2", tmp_path / "damaged"))
+    engine = engine_of("local", alone(), tmp_path)
     (place / "fragments-00001.pt").unlink()
     with pytest.raises(ValueError, match="does not hold all of the weight of"):
         engine.load(place)
