@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,10 @@ STREAM_BLOCK_BYTES = 8 << 20
 UNCACHED = {"use_listings_cache": False}
 # A store under load answers 503 and drops connections: botocore then waits a little longer each time, at random.
 PATIENT = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 10}}}
+NUM_ATTEMPTS = 4
+"""Times that `download` asks for a file."""
+FIRST_PAUSE_SECONDS = 0.5
+"""Before its second attempt; doubled before each further one."""
 STATE_FACTS = ("size", "ETag", "LastModified", "Last-Modified", "mtime", "created")
 """What file systems say of a file that changes with its content; each says some of it."""
 WEB = ("http://", "https://")
@@ -238,10 +243,31 @@ def list_files(folder: str) -> list[str]:
     return sorted(path.removeprefix(prefix) for path in system.find(inner))
 
 
-def download_folder(source: str, target: str) -> None:
-    """Copy every file below `source` to the local folder `target`."""
-    for name in list_files(source):
-        copy_file(join(source, name), join(target, name))
+def download(source: str, target: Path, sha256: str) -> bool:
+    """Copy a remote file to a local path, again where the transfer fails, and say whether its digest is the given one.
+
+    What comes wrong is asked for once more too: only what comes wrong every time was stored wrong.
+
+    Raises:
+        TransferError: if the source broke off at the last attempt.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(NUM_ATTEMPTS):
+        if attempt:
+            time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+        digest = hashlib.sha256()
+        try:
+            with target.open("wb") as file:
+                for chunk in read_chunks(source):
+                    digest.update(chunk)
+                    file.write(chunk)
+        except TransferError as error:
+            if attempt + 1 == NUM_ATTEMPTS:
+                raise TransferError(f"{error} ({NUM_ATTEMPTS} attempts)") from error
+            continue
+        if digest.hexdigest() == sha256:
+            return True
+    return False
 
 
 def remove_file(path: str) -> None:

@@ -76,14 +76,18 @@ def test_a_writable_folder_is_accepted_and_left_as_it_was(root: str) -> None:
     assert storage.list_names(root) == []
 
 
-def test_a_folder_is_downloaded_whole_with_every_name_and_byte(root: str, tmp_path: Path) -> None:
-    files = {name: os.urandom(100) for name in ("a", "deep/b", "deep/er/c")}
-    for name, content in files.items():
-        storage.write_bytes(storage.join(root, name), content)
-    target = str(tmp_path / "target")
-    storage.download_folder(root, target)
-    assert storage.list_files(target) == storage.list_files(root) == sorted(files)
-    assert {name: storage.read_bytes(storage.join(target, name)) for name in files} == files
+def test_a_download_says_whether_the_file_is_the_one_of_the_digest(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.0)
+    source, target = storage.join(root, "deep", "source"), tmp_path / "new" / "target"
+    content = os.urandom(2 * storage.CHUNK_BYTES + 1)
+    storage.write_bytes(source, content)
+    assert storage.download(source, target, storage.sha256_of(source))
+    assert target.read_bytes() == content
+    assert not storage.download(source, target, hashlib.sha256(b"other").hexdigest())
+    with pytest.raises(FileNotFoundError):
+        storage.download(storage.join(root, "nothing"), target, "")
 
 
 def test_a_copy_has_the_digest_of_its_source(root: str) -> None:

@@ -93,9 +93,9 @@ class CheckpointStore:
         Raises:
             ValueError: if it was made with another configuration or other data, naming each difference.
         """
-        for name in reversed(self.names()):
-            with self._reading(name) as folder:
-                problem = self._problem_of(folder)
+        for name in reversed(self._world.gather(self.names())[0]):
+            with self._reading(name) as (folder, found):
+                problem = next(filter(None, self._world.gather(found)), "")
                 if problem:
                     logger.warning("checkpoint %s is not used: %s", storage.join(self.root, name), problem)
                     self.damaged.append(name)
@@ -188,13 +188,27 @@ class CheckpointStore:
             self._world.barrier()
 
     @contextmanager
-    def _reading(self, name: str) -> Iterator[Path]:
+    def _reading(self, name: str) -> Iterator[tuple[Path, str]]:
+        """Yield a local folder with what a checkpoint holds, and what is wrong with it; empty for nothing."""
         if storage.is_local(self.root):
-            yield Path(self.root) / name
+            folder = Path(self.root) / name
+            yield folder, self._problem_of(folder) if self._world.is_main else ""  # all see the same files
             return
         with tempfile.TemporaryDirectory() as scratch:
-            storage.download_folder(storage.join(self.root, name), scratch)
-            yield Path(scratch)
+            yield Path(scratch), self._downloaded(name, Path(scratch))
+
+    def _downloaded(self, name: str, folder: Path) -> str:
+        source = storage.join(self.root, name)
+        if not storage.exists(storage.join(source, STATE_FILE)):
+            return "it has no state.json"
+        text = storage.read_text(storage.join(source, STATE_FILE))
+        (folder / STATE_FILE).write_text(text)
+        for path, digest in json.loads(text)["files"].items():
+            if not storage.exists(storage.join(source, path)):
+                return f"{path} is missing"
+            if not storage.download(storage.join(source, path), folder / path, digest):
+                return f"{path} is not the file that was saved (its sha256 differs)"
+        return ""
 
     def _forget_old(self) -> None:
         for name in self.names()[: -self._keep]:
