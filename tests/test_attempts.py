@@ -19,7 +19,7 @@ from jobs.wiring.recording import run_of, save_run_config
 from jobs.wiring.train_ldm import TrainLdmConfig, train_ldm_worker
 from jobs.wiring.training import run_training
 from ldm.training.attempts import NO_GOODBYE, Status, begin_attempt, keep_attempt, read_attempts
-from ldm.training.local_launch import Outcome
+from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
 from ldm.training.machine_load import MachineLoad
 from ldm.training.page import DataInput, write_inputs
@@ -39,6 +39,17 @@ from pathlib import Path
 from jobs.wiring.train_ldm import TrainLdmConfig
 from tests.test_attempts import dies_at_24, started
 started(TrainLdmConfig.from_yaml(Path(sys.argv[1]).read_text()), dies_at_24)
+"""
+
+
+RAY_PROGRAM = """
+import sys
+from pathlib import Path
+from jobs.session import prepare
+from jobs.wiring.train_ldm import TrainLdmConfig
+from tests.test_attempts import loses_a_rank_once, started
+prepare()
+started(TrainLdmConfig.from_yaml(Path(sys.argv[1]).read_text()), loses_a_rank_once)
 """
 
 
@@ -71,6 +82,25 @@ def doing_at(samples: int, deed: Callable[[], object]) -> Callable[..., Outcome]
 
 def refuse() -> None:
     raise ValueError("a row that can't be")
+
+
+def loses_a_rank_once(
+    config: TrainLdmConfig,
+    world: World,
+    report: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+    *,
+    run_id: str,
+) -> Outcome:
+    """Train on several ranks, of which one dies at 24 samples of the first attempt."""
+    has_died = Path(config.root) / "died"
+
+    def die() -> None:
+        if world.rank == 1 and not has_died.exists():
+            has_died.touch()
+            signal.raise_signal(signal.SIGKILL)
+
+    return doing_at(24, die)(config, world, report, should_stop, run_id=run_id)
 
 
 dies_at_24 = doing_at(24, lambda: signal.raise_signal(signal.SIGKILL))
@@ -129,7 +159,28 @@ def test_every_start_of_a_training_is_a_nested_run_and_the_curves_are_the_parent
     assert inputs == {"latents": manifest.digest[:36], "dataset": str(manifest.summary["dataset"])[:36]}
 
 
-def test_workers_that_ray_starts_again_are_another_attempt(tmp_path: Path) -> None:
+def test_a_rank_that_dies_under_ray_ends_an_attempt_and_the_next_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    write_latents(tmp_path)
+    launch = LaunchConfig(num_workers=2, cpus_per_worker=0.5)
+    config = replace(tiny_config(tmp_path), launch=launch)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    done = subprocess.run(
+        [sys.executable, "-c", RAY_PROGRAM, str(tmp_path / "run.yaml")],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = read_attempts(config.record)
+    assert (first.status, first.why) == (Status.KILLED, "a worker died, and Ray started all of them again")
+    assert (second.status, second.why) == (Status.FINISHED, "it came to its end")
+    assert (first.samples_at_start, second.samples_at_start, second.samples_at_end) == (0, 16, 64)
+    assert first.tags["ranks"] == second.tags["ranks"] == "2"
+    assert first.started_ms <= first.heard_ms <= second.started_ms <= second.heard_ms
+
+
+def test_workers_that_say_their_first_word_again_are_another_attempt(tmp_path: Path) -> None:
     record = str(tmp_path)
     save_run_config(TrackingConfig(), record)
     with AttemptKeeper(record, MADE_WITH, "", "") as keeper:
