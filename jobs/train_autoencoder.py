@@ -10,7 +10,7 @@ import torch
 from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import TRAIN_AUTOENCODER
 from jobs.session import is_main_process, prepare
-from jobs.wiring.repeating import warn_of_differences
+from jobs.wiring.repeating import announce_repetition
 from jobs.wiring.train_autoencoder import (
     check_inputs,
     checkpoint_store,
@@ -29,7 +29,7 @@ def main() -> None:
     prepare()
     config, dry_run = (asked := from_command_line("train_autoencoder", TRAIN_AUTOENCODER)).config, asked.dry_run
     manifest = check_inputs(config)
-    warn_of_differences(asked.page, inputs_of(manifest, config.dataset))
+    announce_repetition(asked.page, config.root, inputs_of(manifest, config.dataset))
     checkpoint_store(config, manifest, World(rank=0, size=1, device=torch.device("cpu"))).check_identity()
     if dry_run:
         print(describe(config, manifest))

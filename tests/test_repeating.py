@@ -80,7 +80,7 @@ def test_a_run_repeated_from_its_page_gives_the_same_first_losses(
     printed = capsys.readouterr()
     assert not warnings_in(printed.err), "nothing has changed since"
     repeated = f"{trained.root}-repeat-{run_id[:8]}"
-    assert f"{repeated}/model" in printed.out
+    assert printed.out.startswith(f"repeats   run {run_id}: {repeated}\n")
     again = run_of(f"{trained.record}-repeat-{run_id[:8]}")["run_id"]
     assert again != run_id
     assert MlflowClient(uri).get_run(again).data.tags["repeats"] == run_id

@@ -20,6 +20,7 @@ from jobs.wiring.recording import open_record
 from jobs.wiring.registering import register_model
 from jobs.wiring.train_ldm import TrainLdmConfig, train_ldm_worker
 from ldm.registry import prompts_of, record_evaluation
+from ldm.training.attempts import begin_attempt
 from ldm.training.loop import Progress
 from ldm.training.page import DataInput
 from ldm.training.record import Record, grid_of
@@ -152,8 +153,12 @@ def test_a_version_still_draws_its_own_pixels_after_a_longer_training(tmp_path: 
         config = longer(config, total_samples)
         open_run(config.tracking, config.record, "longer", {}, {})
         run(config)
+        begin_attempt(config.record, {"code_commit": f"of {total_samples}", "host": "here"}, {}, now_ms=1)
         version = register_model(config)
         assert version is not None
+        tags = MlflowClient(uri).get_model_version(version.name, version.version).tags
+        assert tags["code_commit"] == f"of {total_samples}", "the code that trained it, whatever code registers it"
+        assert "host" not in tags
         drawn.append(mlflow.pyfunc.load_model(version.uri).predict(["a red heart"], params={"num_steps": 2}))
     again = mlflow.pyfunc.load_model("models:/longer/1").predict(["a red heart"], params={"num_steps": 2})
     assert (again == drawn[0]).all()

@@ -1,7 +1,7 @@
 """Repeating a run from its page at MLflow alone: its configuration in new folders, and what is not as it was then.
 
-Order: `repeated` gives the configuration that the run was started with → flags override it → `warn_of_differences`
-names what may make the numbers differ: the code, the packages, the data.
+Order: `repeated` gives the configuration that the run was started with → flags override it → `announce_repetition`
+says where it goes, and names what may make the numbers differ: the code, the packages, the data.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+from jobs.session import is_main_process
 from jobs.wiring.provenance import Provenance, provenance
 from ldm.config import Config
 from ldm.training.page import CHANGES_FILE, ENVIRONMENT_FILE, DataInput, RunPage
@@ -51,10 +52,11 @@ def repeated(start: ConfigT, run_id: str, uri: str) -> tuple[ConfigT, RunPage]:
     return replace(saved, root=root, record=record, tracking=replace(saved.tracking, uri=where)), page
 
 
-def warn_of_differences(page: RunPage | None, inputs: Sequence[DataInput]) -> None:
-    """Print what is not as it was when the run was made; nothing for a run that repeats none."""
-    if page is None:
+def announce_repetition(page: RunPage | None, root: str, inputs: Sequence[DataInput]) -> None:
+    """Print where a run is repeated and what is not as it was when it was made; nothing for one that repeats none."""
+    if page is None or not is_main_process():
         return
+    print(f"repeats   run {page.run_id}: {root}")
     for difference in differences(page, provenance(), inputs):
         print(f"warning: run {page.run_id[:8]} may not be repeated exactly: {difference}", file=sys.stderr)
 

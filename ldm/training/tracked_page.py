@@ -158,7 +158,7 @@ def _update(client: MlflowClient, child: Run, attempt: Attempt, folder: Path) ->
     if is_same:
         return
     for path in sorted(folder.iterdir()):
-        if path.name != ATTEMPT_FILE:
+        if path.name != ATTEMPT_FILE and not path.name.startswith("."):  # half of a file that was never published
             client.log_artifact(child.info.run_id, str(path))
     client.log_batch(child.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
     if attempt.status is not Status.RUNNING:
