@@ -7,15 +7,15 @@ with the other metrics, at the same times of the clock.
 
 from __future__ import annotations
 
-import importlib.util
-
 import psutil
 import torch
 
 from ldm.training.world import World
 
-HAS_NVML = importlib.util.find_spec("pynvml") is not None
-"""Whether torch can ask how busy a GPU is (package nvidia-ml-py); what it holds is known without."""
+try:
+    from pynvml import NVMLError
+except ModuleNotFoundError:  # package nvidia-ml-py: without it torch can't ask how busy a GPU is, only what it holds
+    NVMLError = ModuleNotFoundError
 
 
 class MachineLoad:
@@ -52,4 +52,7 @@ def _gpu_load(device: torch.device) -> dict[str, float]:
         "gpu_memory_usage_megabytes": (total - free) / 1e6,
         "gpu_memory_usage_percentage": 100 * (total - free) / total,
     }
-    return {**memory, "gpu_utilization_percentage": float(torch.cuda.utilization(device))} if HAS_NVML else memory
+    try:
+        return {**memory, "gpu_utilization_percentage": float(torch.cuda.utilization(device))}
+    except (NVMLError, ModuleNotFoundError, RuntimeError):  # a driver may refuse it too, as of a part of a GPU (MIG)
+        return memory
