@@ -173,7 +173,8 @@ def test_a_rank_that_dies_under_ray_ends_an_attempt_and_the_next_goes_on_from_th
     )
     assert done.returncode == 0, done.stderr
     first, second = read_attempts(config.record)
-    assert (first.status, first.why) == (Status.KILLED, "a worker died, and Ray started all of them again")
+    assert first.status is Status.KILLED
+    assert first.why.startswith("a worker died, and Ray started all of them again")
     assert (second.status, second.why) == (Status.FINISHED, "it came to its end")
     assert (first.samples_at_start, second.samples_at_start, second.samples_at_end) == (0, 16, 64)
     assert first.tags["ranks"] == second.tags["ranks"] == "2"
@@ -188,10 +189,10 @@ def test_workers_that_say_their_first_word_again_are_another_attempt(tmp_path: P
             keeper(Progress(done=0, total=0, facts={"host": "a, b", "ranks": "2", "device": "cpu"}))
             for done in (start, start + 80):
                 keeper(Progress(done=done, total=320))
-            keeper(Progress(done=0, total=0, notice="a word that moves nothing"))
+            keeper(Progress(done=0, total=0, notice="worker 1 died"))
     first, second = read_attempts(record)
     assert (first.status, first.samples_at_start, first.samples_at_end) == (Status.KILLED, 0, 80)
-    assert first.why == "a worker died, and Ray started all of them again"
+    assert first.why == "a worker died, and Ray started all of them again; heard last: worker 1 died"
     assert (second.status, second.samples_at_start, second.samples_at_end) == (Status.FINISHED, 160, 240)
     assert first.tags == second.tags == {"code_commit": "c0ffee", "host": "a, b", "ranks": "2", "device": "cpu"}
 

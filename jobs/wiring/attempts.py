@@ -71,6 +71,7 @@ class AttemptKeeper:
         self._run_id = run_id
         self._attempt: Attempt | None = None
         self._has_workers = False
+        self._last_notice = ""
         self._is_reached = bool(run_id)
 
     @property
@@ -86,6 +87,7 @@ class AttemptKeeper:
 
     def __call__(self, progress: Progress) -> None:
         """Take in what the training reports."""
+        self._last_notice = progress.notice or self._last_notice
         if progress.facts:
             self._meet_workers(progress.facts)
         if progress.total:
@@ -111,7 +113,8 @@ class AttemptKeeper:
 
     def _meet_workers(self, facts: dict[str, str]) -> None:
         if self._has_workers:
-            why = "a worker died, and Ray started all of them again"
+            heard = f"; heard last: {self._last_notice}" if self._last_notice else ""
+            why = f"a worker died, and Ray started all of them again{heard}"[:MAX_WHY_CHARS]
             self._keep(self._current.ended(self._current.heard_ms, Status.KILLED, why))
             self._begin()
         self._has_workers = True
