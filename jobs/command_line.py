@@ -1,9 +1,9 @@
 """The one command line of every job: a recipe gives the whole config, flags override any field of it.
 
-    python -m jobs.NAME [RECIPE] [--home DIR] [--config FILE] [--dry-run] [--any.field value ...]
+    python -m jobs.NAME [RECIPE] [--home DIR | --config FILE | --from-run RUN_ID] [--dry-run] [--any.field value ...]
 
-Order: the recipe (a function of the home folder), or a saved YAML file, gives the whole config → flags override single
-fields, `--optim.lr 3e-4` → what a person can fix comes out as one line with exit code 2.
+Order: the recipe (a function of the home folder), a saved YAML file or a run's page at MLflow gives the whole config →
+flags override single fields, `--optim.lr 3e-4` → what a person can fix comes out as one line with exit code 2.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ import tyro
 import yaml
 
 from jobs.session import SUBMITTED_JOB
+from jobs.wiring.repeating import repeated
 from ldm import storage
 from ldm.config import Config
+from ldm.training.page import RunPage
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +50,13 @@ class Invocation(Generic[ConfigT]):
         config: the whole config, with every override applied.
         recipe: name of the recipe it came from; with `--config` and no recipe, the default one, which gave the type.
         dry_run: say what would be done, and do nothing.
+        page: of the run that `--from-run` repeats; None without it.
     """
 
     config: ConfigT
     recipe: str
     dry_run: bool
+    page: RunPage | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,8 @@ class _Line(Generic[ConfigT]):
     """Folder or URL that the recipe puts everything under."""
     saved_config: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")]
     """YAML file of a whole config, as saved with every run, in place of a recipe; flags still override its fields."""
+    from_run: Annotated[str | None, tyro.conf.arg(metavar="RUN_ID")]
+    """Run at MLflow (--tracking.uri) whose whole config is taken, in folders of its own; flags still override."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff]
     """Say what would be done and what is already there, and make nothing."""
     config: Annotated[ConfigT, tyro.conf.arg(name="")]
@@ -109,16 +115,26 @@ def _parse(job: str, recipes: Mapping[str, Callable[[str], ConfigT]], argv: list
     given = _common_options(argv)
     home = placed(given.home or f"runs/{name}")
     start = recipes[name](home)
-    if given.config and given.home:
-        raise ValueError("--home is for a recipe; the paths of a saved --config stand in the file: give one of the two")
-    if given.config:
-        start = _load(type(start), given.config)
+    start, page = _start(start, given)
     _check_names_are_free(type(start))
-    default = _Line(recipe=name, home=home, saved_config=given.config, dry_run=False, config=start)
+    default = _Line(
+        recipe=name, home=home, saved_config=given.config, from_run=given.from_run, dry_run=False, config=start
+    )
     line = _read(_Line[type(start)], default, argv, f"python -m jobs.{job}", _description(start, recipes))  # type: ignore[misc]
     if line.recipe != name:
         raise ValueError(f"the recipe comes first: python -m jobs.{job} {line.recipe} ...")
-    return Invocation(config=line.config, recipe=name, dry_run=line.dry_run)
+    return Invocation(config=line.config, recipe=name, dry_run=line.dry_run, page=page)
+
+
+def _start(recipe: ConfigT, given: argparse.Namespace) -> tuple[ConfigT, RunPage | None]:
+    """Return the config that flags override, and the page of the run that it is taken from."""
+    if given.config and given.home:
+        raise ValueError("--home is for a recipe; the paths of a saved --config stand in the file: give one of the two")
+    if given.from_run and (given.config or given.home):
+        raise ValueError("--from-run brings its own config and paths: give it without --config and --home")
+    if given.config:
+        return _load(type(recipe), given.config), None
+    return repeated(recipe, given.from_run, given.tracking_uri or "") if given.from_run else (recipe, None)
 
 
 def placed(home: str) -> str:
@@ -145,6 +161,8 @@ def _common_options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--home", nargs="?")
     parser.add_argument("--config", nargs="?")
+    parser.add_argument("--from-run", "--from_run", nargs="?")
+    parser.add_argument("--tracking.uri", nargs="?", dest="tracking_uri")
     return parser.parse_known_args(argv)[0]
 
 
@@ -190,7 +208,7 @@ def _refusing_config(trace: TracebackType | None) -> str | None:
 
 
 def _check_names_are_free(config: type[Config]) -> None:
-    ours = {"recipe", "home", "config", "dry_run"}
+    ours = {"recipe", "home", "config", "from_run", "dry_run"}
     clash = sorted(ours & {field.name for field in dataclasses.fields(config)})
     if clash:
         raise TypeError(f"{config.__name__} may not have the fields {clash} at its top: every job has such an option")

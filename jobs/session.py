@@ -145,7 +145,7 @@ def code_version() -> dict[str, str]:
     try:
         commit = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         submitted = json.loads(os.environ.get(SUBMITTED_JOB, "{}"))
         package = submitted.get("runtime_env", {}).get("working_dir", "")
         return {"code_package": package} if package else {}

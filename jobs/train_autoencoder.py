@@ -10,6 +10,7 @@ import torch
 from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import TRAIN_AUTOENCODER
 from jobs.session import is_main_process, prepare
+from jobs.wiring.repeating import announce_repetition
 from jobs.wiring.train_autoencoder import (
     check_inputs,
     checkpoint_store,
@@ -18,7 +19,7 @@ from jobs.wiring.train_autoencoder import (
     num_parameters,
     train_autoencoder_worker,
 )
-from jobs.wiring.training import run_training
+from jobs.wiring.training import inputs_of, run_training
 from ldm.training.world import World
 
 
@@ -28,6 +29,7 @@ def main() -> None:
     prepare()
     config, dry_run = (asked := from_command_line("train_autoencoder", TRAIN_AUTOENCODER)).config, asked.dry_run
     manifest = check_inputs(config)
+    announce_repetition(asked.page, config.root, inputs_of(manifest, config.dataset))
     checkpoint_store(config, manifest, World(rank=0, size=1, device=torch.device("cpu"))).check_identity()
     if dry_run:
         print(describe(config, manifest))
@@ -42,6 +44,7 @@ def main() -> None:
         num_parameters=num_parameters(config),
         data=manifest,
         data_uri=config.dataset,
+        repeats=asked.page.run_id if asked.page else "",
     )
     scores = "  ".join(
         f"{name.removeprefix('validation_')} {value:.3f}" for name, value in outcome["last_validation"].items()

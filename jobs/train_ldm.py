@@ -13,8 +13,9 @@ from jobs.recipes import TRAIN_LDM
 from jobs.session import is_main_process, prepare
 from jobs.wiring.first_stage import settled
 from jobs.wiring.registering import register_model
+from jobs.wiring.repeating import announce_repetition
 from jobs.wiring.train_ldm import check_inputs, checkpoint_store, describe, is_done, num_parameters, train_ldm_worker
-from jobs.wiring.training import run_training
+from jobs.wiring.training import inputs_of, run_training
 from ldm.training.world import World
 
 
@@ -24,6 +25,7 @@ def main() -> None:
     prepare()
     config, dry_run = settled((asked := from_command_line("train_ldm", TRAIN_LDM)).config), asked.dry_run
     manifest = check_inputs(config)
+    announce_repetition(asked.page, config.root, inputs_of(manifest, config.latents))
     checkpoint_store(config, manifest, World(rank=0, size=1, device=torch.device("cpu"))).check_identity()
     if dry_run:
         print(describe(config, manifest))
@@ -38,6 +40,7 @@ def main() -> None:
             num_parameters=num_parameters(config),
             data=manifest,
             data_uri=config.latents,
+            repeats=asked.page.run_id if asked.page else "",
         )
         first, last = (outcome[name]["validation_loss"] for name in ("first_validation", "last_validation"))
         if is_main_process():

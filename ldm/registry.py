@@ -206,8 +206,11 @@ def pointed_autoencoder(where: str, uri: str = "") -> PointedAutoencoder:
 
 def record_evaluation(
     *, uri: str, model: RegisteredModel, protocol_digest: str, metrics: Mapping[str, float], has_passed: bool
-) -> None:
+) -> str:
     """Write an evaluation on a version, and move the alias `champion` to it if it passed its gate.
+
+    Returns:
+        The version that is the champion now; empty where none is.
 
     Raises:
         RegistryError: if the registry can't be reached.
@@ -220,6 +223,7 @@ def record_evaluation(
             client.set_model_version_tag(model.name, model.version, key, value)
         if has_passed:
             client.set_registered_model_alias(model.name, CHAMPION, model.version)
+        return str(client.get_registered_model(model.name).aliases.get(CHAMPION, ""))
     except MlflowException as error:
         raise RegistryError(str(error).splitlines()[0][:300]) from error
 

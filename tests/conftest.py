@@ -35,6 +35,7 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 STARTS_MANY_PROCESSES = {
+    "test_attempts",
     "test_cluster",
     "test_dataset_duplicates",
     "test_dataset_kills",

@@ -138,8 +138,8 @@ class MlflowServer:
 def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
     """Run an MLflow server that keeps everything in `folder`."""
     server = MlflowServer(folder)
-    server.start()
     try:
+        server.start()  # one that does not answer in time runs all the same
         yield server
     finally:
         server.kill()

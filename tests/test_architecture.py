@@ -51,7 +51,7 @@ HOMES = {
     "ray.data": {"pipeline/run.py"},
     "ray.train": {"ldm/training/launch.py"},
     "deepspeed": {"ldm/training/deepspeed_engine.py"},
-    "mlflow": {"ldm/training/tracking.py", "ldm/registry.py"},
+    "mlflow": {"ldm/training/tracking.py", "ldm/training/tracked_page.py", "ldm/registry.py"},
     "transformers": {"ldm/conditioning/text.py"},
     "lpips": {"ldm/losses/perceptual.py"},
     "webdataset": {"pipeline/store/shards.py"},
@@ -68,6 +68,7 @@ OPTIONAL = {
     "ldm.training.launch": "without Ray one process or torchrun trains",
     "ray": "without Ray one process or torchrun trains",
     "ldm.training.tracking": "without MLflow a run's record is its own files",
+    "ldm.training.tracked_page": "without MLflow a run's record is its own files",
     "ldm.registry": "without MLflow a run's record is its own files",
 }
 

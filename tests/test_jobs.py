@@ -282,7 +282,7 @@ def test_the_run_in_mlflow_holds_configuration_curves_pictures_data_and_a_model(
     assert run.data.params["engine.kind"] == "deepspeed"
     assert run.data.params["launch.num_workers"] == "2"
     assert len(client.get_metric_history(run_id, "loss")) == 8
-    assert {"validation_loss", "grad_norm", "system/cpu_utilization_percentage"} <= set(run.data.metrics)
+    assert {"validation_loss", "grad_norm", "system/rank_1/cpu_utilization_percentage"} <= set(run.data.metrics)
     assert "evaluation_reconstruction_psnr_db" in run.data.metrics
     assert run.inputs.dataset_inputs[0].dataset.name == "latents"
     assert len(client.list_artifacts(run_id, "pictures")) == 2

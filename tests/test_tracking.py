@@ -20,9 +20,12 @@ from jobs.wiring.recording import open_record
 from jobs.wiring.registering import register_model
 from jobs.wiring.train_ldm import TrainLdmConfig, train_ldm_worker
 from ldm.registry import prompts_of, record_evaluation
+from ldm.training.attempts import begin_attempt
 from ldm.training.loop import Progress
+from ldm.training.page import DataInput
 from ldm.training.record import Record, grid_of
-from ldm.training.tracking import DataInput, log_inputs, open_run, replay
+from ldm.training.tracked_page import log_inputs
+from ldm.training.tracking import open_run, replay
 from ldm.training.tracking_config import TrackingConfig
 from pipeline.store.manifest import load_manifest
 from tests.ranks import alone
@@ -70,7 +73,7 @@ def test_a_run_holds_the_whole_configuration_metrics_over_time_and_its_data(
         steps = [metric.step for metric in MlflowClient(uri).get_metric_history(run_id, name)]
         assert steps == list(range(8, 65, 8)), name
     assert [m.step for m in MlflowClient(uri).get_metric_history(run_id, "validation_loss")] == [0, 32, 64]
-    assert "system/cpu_utilization_percentage" in run.data.metrics
+    assert "system/rank_0/process_memory_usage_megabytes" in run.data.metrics
 
 
 def test_an_opened_run_is_found_again(trained: tuple[TrainLdmConfig, str]) -> None:
@@ -85,12 +88,14 @@ def test_the_registered_model_draws_the_same_pixels_in_a_fresh_process(
     version = register_model(config)
     assert version is not None
     assert register_model(config) == version, "a finished model is registered once"
-    tags = MlflowClient(uri).get_model_version(version.name, version.version).tags
+    client_version = MlflowClient(uri).get_model_version(version.name, version.version)
+    tags = client_version.tags
     manifest = load_manifest(config.latents)
     assert tags["latents_digest"] == manifest.digest
     assert tags["dataset_digest"] == manifest.summary["dataset"]
     assert tags["autoencoder_digest"] == manifest.identity["autoencoder"]
     assert "code_commit" in tags
+    assert client_version.run_id == run_id
     script = (
         "import sys, numpy, mlflow; mlflow.set_tracking_uri(sys.argv[1])\n"
         "model = mlflow.pyfunc.load_model(sys.argv[2])\n"
@@ -115,11 +120,13 @@ def test_an_evaluation_is_written_on_the_version_and_only_a_passed_one_makes_a_c
     version = register_model(config)
     assert version is not None
     client = MlflowClient(uri)
-    record_evaluation(uri=uri, model=version, protocol_digest="p", metrics={"psnr": 20.5}, has_passed=False)
+    fails = {"uri": uri, "model": version, "protocol_digest": "p", "metrics": {"psnr": 20.5}, "has_passed": False}
+    assert record_evaluation(**fails) == "", "no version is the champion"
     assert client.get_model_version(version.name, version.version).tags["evaluation.psnr"] == "20.5"
     assert "champion" not in client.get_registered_model(version.name).aliases
-    record_evaluation(uri=uri, model=version, protocol_digest="p", metrics={"psnr": 20.5}, has_passed=True)
-    assert client.get_model_version_by_alias(version.name, "champion").version == int(version.version)
+    assert record_evaluation(**{**fails, "has_passed": True}) == version.version
+    assert str(client.get_model_version_by_alias(version.name, "champion").version) == version.version
+    assert record_evaluation(**fails) == version.version, "what has passed once is replaced, never taken away"
 
 
 def test_a_model_that_changed_behind_its_pointer_is_refused(trained: tuple[TrainLdmConfig, str], uri: str) -> None:
@@ -146,8 +153,12 @@ def test_a_version_still_draws_its_own_pixels_after_a_longer_training(tmp_path: 
         config = longer(config, total_samples)
         open_run(config.tracking, config.record, "longer", {}, {})
         run(config)
+        begin_attempt(config.record, {"code_commit": f"of {total_samples}", "host": "here"}, {}, now_ms=1)
         version = register_model(config)
         assert version is not None
+        tags = MlflowClient(uri).get_model_version(version.name, version.version).tags
+        assert tags["code_commit"] == f"of {total_samples}", "the code that trained it, whatever code registers it"
+        assert "host" not in tags
         drawn.append(mlflow.pyfunc.load_model(version.uri).predict(["a red heart"], params={"num_steps": 2}))
     again = mlflow.pyfunc.load_model("models:/longer/1").predict(["a red heart"], params={"num_steps": 2})
     assert (again == drawn[0]).all()

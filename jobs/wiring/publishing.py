@@ -37,18 +37,19 @@ def publish_evaluation(config: EvaluateConfig, report: dict[str, Any], has_passe
         return
     model = RegisteredModel(**version)
     try:
-        record_evaluation(
+        champion = record_evaluation(
             uri=uri, model=model, protocol_digest=report["protocol"], metrics=report["metrics"], has_passed=has_passed
         )
     except RegistryError as error:
         logger.warning("the evaluation is not on the registered version: %s", error)
         return
-    state = (
-        f"models:/{model.name}@champion is now version {model.version}"
-        if has_passed
-        else "no champion: it did not pass"
-    )
-    print(f"registry  {state}")
+    if has_passed:
+        state = f"is now version {champion}"
+    elif champion == model.version:
+        state = f"stays version {champion}, which passed before and did not now: move the alias if it must not serve"
+    else:
+        state = f"stays version {champion}: this one did not pass" if champion else "is nothing yet: it did not pass"
+    print(f"registry  models:/{model.name}@champion {state}")
 
 
 def publish_picture(config: SampleConfig, path: str) -> None:

@@ -13,10 +13,9 @@ from ldm import storage
 from ldm.config import Config
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.loop import Progress
+from ldm.training.page import CONFIG_FILE
 from ldm.training.record import Mirror, Record, SilentTracker, Tracker
 from ldm.training.world import World
-
-CONFIG_FILE = "run.yaml"
 
 
 def save_run_config(config: Config, root: str) -> None:

@@ -10,11 +10,14 @@ from jobs.wiring.recording import run_of
 from jobs.wiring.train_ldm import TrainLdmConfig
 from ldm import storage
 from ldm.text_to_image import load_card, model_digest
+from ldm.training.attempts import read_attempts
 
 if TYPE_CHECKING:
     from ldm.registry import RegisteredModel
 
 REGISTERED_FILE = "registered.json"
+CODE_TAGS = ("code_", "environment_", "mlflow.source.")
+"""What the names of an attempt's tags on its code and packages begin with."""
 
 
 def register_model(config: TrainLdmConfig) -> RegisteredModel | None:
@@ -38,7 +41,7 @@ def register_model(config: TrainLdmConfig) -> RegisteredModel | None:
             run_id=run_id,
             name=config.tracking.model_name,
             folder=config.model_folder,
-            tags=code_version(),
+            tags=_code_of(config.record),
         )
     except RegistryError as error:
         print(f"not registered: {error}; start the same command again when MLflow at {config.tracking.uri} answers")
@@ -49,6 +52,13 @@ def register_model(config: TrainLdmConfig) -> RegisteredModel | None:
         storage.join(config.root, REGISTERED_FILE), json.dumps({**content, "version": version}, indent=1)
     )
     return made
+
+
+def _code_of(record: str) -> dict[str, str]:
+    """Return the code that the model was trained with last, which may not be the code that registers it."""
+    latest = read_attempts(record)[-1:]
+    known = {name: value for attempt in latest for name, value in attempt.tags.items() if name.startswith(CODE_TAGS)}
+    return known or code_version()
 
 
 def registered_model(root: str, digest: str, uri: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from ldm import storage
 from ldm.config import Config, added_later
 from ldm.training.checkpoint import CheckpointStore
+from ldm.training.machine_load import MachineLoad
 from ldm.training.record import Tracker
 from ldm.training.state import TrainState, is_due
 from ldm.training.task import Keyed, NotFiniteError, Task
@@ -72,12 +73,14 @@ class Progress:
         total: samples of the whole run.
         metrics: the latest values worth a glance.
         notice: a sentence that a person must see, or empty.
+        facts: where the workers run, told once at each of their starts.
     """
 
     done: int
     total: int
     metrics: dict[str, float] = field(default_factory=dict)
     notice: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 class Loader(Protocol[BatchT_co]):
@@ -102,6 +105,7 @@ class Surroundings:
         tracker: where numbers and pictures go.
         report: called with the progress of the run by the main process.
         should_stop: says that a stop was asked for (a signal); the loop saves and returns.
+        load: measures what every process and its machine are busy with.
     """
 
     world: World
@@ -110,6 +114,7 @@ class Surroundings:
     tracker: Tracker
     report: Callable[[Progress], None]
     should_stop: Callable[[], bool]
+    load: MachineLoad = field(default_factory=MachineLoad)
 
 
 def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around: Surroundings) -> TrainState:
@@ -244,7 +249,7 @@ def _log(window: Window, loader: Loader[Any], state: TrainState, config: LoopCon
         metrics["lost_steps"] = float(num_lost)
         notice = f"{num_lost} steps up to {state.samples_seen:,} samples were lost: {', '.join(names)} not finite"
         around.report(_progress(config, state, notice=notice))
-    around.tracker.log_metrics(metrics, state.samples_seen)
+    around.tracker.log_metrics({**metrics, **around.load.of_ranks(around.world)}, state.samples_seen)
     around.report(_progress(config, state, metrics))
     window.clear(loader.wait_seconds)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image as PILImage
 
@@ -80,12 +79,11 @@ class Record:
         if self._file.is_file() and not self._file.read_bytes().endswith(b"\n"):
             with self._file.open("a") as file:  # what a killed writer left of its last line ends here
                 file.write("\n")
-        psutil.cpu_percent()  # The first call measures nothing; later ones measure since the one before.
 
     def log_metrics(self, metrics: Mapping[str, float], samples_seen: int) -> None:
-        """Record metrics, and the machine's own, at a time of the clock."""
+        """Record metrics at a time of the clock."""
         now = int(time.time() * 1000)
-        self._append({"metrics": {**metrics, **system_metrics()}, "samples_seen": samples_seen, "time_ms": now})
+        self._append({"metrics": dict(metrics), "samples_seen": samples_seen, "time_ms": now})
 
     def log_picture(self, name: str, images: Image, samples_seen: int) -> None:
         """Save a grid as PNG and record where it lies."""
@@ -122,22 +120,6 @@ def send_pending(folder: Path, mirror: Mirror) -> int:
 def forget_sent(folder: str) -> None:
     """Let the next sending begin anew: the record goes to another run."""
     (Path(folder) / SENT_FILE).unlink(missing_ok=True)
-
-
-def system_metrics() -> dict[str, float]:
-    """Return this machine's load under MLflow's own names for system metrics."""
-    memory = psutil.virtual_memory()
-    metrics = {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_megabytes": memory.used / 1e6,
-        "system/system_memory_usage_percentage": memory.percent,
-        "system/process_memory_usage_megabytes": psutil.Process().memory_info().rss / 1e6,
-    }
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        metrics["system/gpu_0_memory_usage_megabytes"] = (total - free) / 1e6
-        metrics["system/gpu_0_memory_usage_percentage"] = 100 * (total - free) / total
-    return metrics
 
 
 def grid_of(images: Image, columns: int = 0, gap: int = 2) -> np.ndarray[Any, np.dtype[np.uint8]]:

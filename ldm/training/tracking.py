@@ -1,7 +1,7 @@
-"""THE MLflow tracking file: runs, their inputs and files, and the mirror of a run's local record.
+"""THE MLflow tracking file: runs, their files, and the mirror of a run's local record.
 
-Order of a run: `open_run` makes it (or finds it again) → `MlflowMirror` copies the record's entries as they come →
-`log_inputs`, `log_file`, `end_run` at the end. What could not be sent, `replay` sends afterwards.
+Order of a run: `open_run` makes it (or finds it again) → `send_page` (of `ldm.training.tracked_page`) says what it is →
+`MlflowMirror` copies the record's entries as they come → `end_run`. What could not be sent, `replay` sends afterwards.
 """
 
 from __future__ import annotations
@@ -10,46 +10,27 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow.data.dataset import Dataset
-from mlflow.data.dataset_source import DatasetSource
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from ldm import storage
+from ldm.training.attempts import Status, read_attempts
 from ldm.training.record import RECORD_FILE, MirrorError, forget_sent, send_pending
+from ldm.training.tracked_page import first_line, reaching, send_page
 from ldm.training.tracking_config import TrackingConfig
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 MAX_PARAM_CHARS = 6_000
+MAX_METRICS_AT_ONCE = 1_000
+"""MLflow refuses more; several hundred ranks have as many."""
 EXPERIMENT_KIND, MODEL_DEVELOPMENT = "mlflow.experimentKind", "custom_model_development"
 """Which of its two pages MLflow shows for an experiment: this one has curves and models, the other prompts."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataInput:
-    """A dataset that a run was fed.
-
-    Attributes:
-        name: what it is called in MLflow.
-        uri: where it lies.
-        digest: the digest of its manifest.
-        context: what for, as "training".
-        profile: counts and facts worth a glance.
-    """
-
-    name: str
-    uri: str
-    digest: str
-    context: str
-    profile: dict[str, Any]
 
 
 class MlflowMirror:
@@ -68,9 +49,10 @@ class MlflowMirror:
                 return
             time_ms, step = entry["time_ms"], entry["samples_seen"]
             metrics = [Metric(name, float(value), time_ms, step) for name, value in entry["metrics"].items()]
-            self._client.log_batch(self._run_id, metrics=metrics)
+            for start in range(0, len(metrics), MAX_METRICS_AT_ONCE):
+                self._client.log_batch(self._run_id, metrics=metrics[start : start + MAX_METRICS_AT_ONCE])
         except (MlflowException, OSError) as error:
-            raise MirrorError(f"{offline_notice(str(folder), self._uri)} ({_first_line(error)})") from error
+            raise MirrorError(f"{offline_notice(str(folder), self._uri)} ({first_line(error)})") from error
 
 
 def offline_notice(folder: str, uri: str) -> str:
@@ -104,25 +86,11 @@ def open_run(config: TrackingConfig, folder: str, name: str, params: Mapping[str
         about["run_id"], about["experiment_id"] = _ensure_run(config, about)
     except (MlflowException, OSError) as error:
         is_reached = False
-        logger.warning("MLflow at %s does not answer: %s", config.uri, _first_line(error))
+        logger.warning("MLflow at %s does not answer: %s", config.uri, first_line(error))
     if known and about["run_id"] != known.get("run_id"):
         forget_sent(folder)
     storage.write_text(path, json.dumps(about, indent=1))
     return str(about["run_id"]) if is_reached else ""
-
-
-def log_inputs(uri: str, run_id: str, inputs: list[DataInput]) -> None:
-    """Name the data that a run was fed, with digests, as MLflow dataset inputs.
-
-    Raises:
-        MirrorError: if MLflow can't be reached.
-    """
-    entities = [
-        DatasetInput(_ManifestDataset(data)._to_mlflow_entity(), [InputTag("mlflow.data.context", data.context)])
-        for data in inputs
-    ]
-    with _reaching(uri):
-        MlflowClient(uri).log_inputs(run_id, datasets=entities)
 
 
 def end_run(uri: str, run_id: str, status: str) -> None:
@@ -130,12 +98,12 @@ def end_run(uri: str, run_id: str, status: str) -> None:
     try:
         MlflowClient(uri).set_terminated(run_id, status)
     except (MlflowException, OSError) as error:
-        logger.warning("MLflow run %s could not be marked %s: %s", run_id, status, _first_line(error))
+        logger.warning("MLflow run %s could not be marked %s: %s", run_id, status, first_line(error))
 
 
 def log_file(uri: str, run_id: str, path: str, folder: str = "") -> None:
     """Copy a file to a run's artifacts; raises MirrorError if MLflow can't be reached."""
-    with _reaching(uri), tempfile.TemporaryDirectory() as scratch:
+    with reaching(uri), tempfile.TemporaryDirectory() as scratch:
         if not storage.is_local(path):
             local = storage.join(scratch, path.rsplit("/", 1)[-1])
             storage.copy_file(path, local)
@@ -146,18 +114,20 @@ def log_file(uri: str, run_id: str, path: str, folder: str = "") -> None:
 def log_values(uri: str, run_id: str, metrics: Mapping[str, float]) -> None:
     """Record final measurements of a run; raises MirrorError if MLflow can't be reached."""
     now = int(time.time() * 1000)
-    with _reaching(uri):
+    with reaching(uri):
         MlflowClient(uri).log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
 
 
 def log_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags of a run anew, as the digest of data that have grown; raises MirrorError if MLflow can't be reached."""
-    with _reaching(uri):
+    with reaching(uri):
         MlflowClient(uri).log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
 def replay(folder: str, uri: str) -> tuple[str, int]:
-    """Bring a record into MLflow and return (run id, number of entries sent); what is there is not sent again.
+    """Bring a record into MLflow and return (run id, number of entries sent); entries that are there stay.
+
+    The run ends as its latest attempt did; one that has not ended yet, or was killed without a word, is left running.
 
     Raises:
         MirrorError: if MLflow can't be reached.
@@ -166,15 +136,19 @@ def replay(folder: str, uri: str) -> tuple[str, int]:
     about = json.loads(storage.read_text(path))
     known = about["run_id"] if about["uri"] == uri else ""
     about |= {"uri": uri, "run_id": known}
-    with _reaching(uri):
+    with reaching(uri):
         about["run_id"], about["experiment_id"] = _ensure_run(
             TrackingConfig(uri=uri, experiment=about["experiment"]), about
         )
         if about["run_id"] != known:
             forget_sent(folder)
         storage.write_text(path, json.dumps(about, indent=1))
+        send_page(uri, about["run_id"], folder)
         sent = send_pending(Path(folder), MlflowMirror(uri, about["run_id"]))
-        MlflowClient(uri).set_terminated(about["run_id"])
+        latest = read_attempts(folder)[-1:]
+        status, end_ms = (latest[0].status, latest[0].heard_ms) if latest else (Status.FINISHED, None)
+        if status is not Status.RUNNING:
+            MlflowClient(uri).set_terminated(about["run_id"], status.value, end_ms)
     return about["run_id"], sent
 
 
@@ -215,72 +189,3 @@ def _artifact_home(config: TrackingConfig) -> str | None:
     if config.uri.startswith("sqlite:///"):
         return str(Path(config.uri.removeprefix("sqlite:///")).resolve().parent / "mlflow-artifacts")
     return None
-
-
-@contextmanager
-def _reaching(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        raise MirrorError(f"MLflow at {uri} does not answer: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
-
-
-class _ManifestSource(DatasetSource):
-    """Where a manifest's data lies."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-
-    @staticmethod
-    def _get_source_type() -> str:
-        return "manifest"
-
-    def load(self, **_: Any) -> str:
-        """Return the folder or URL."""
-        return self.uri
-
-    @staticmethod
-    def _can_resolve(raw_source: Any) -> bool:
-        return isinstance(raw_source, str)
-
-    @classmethod
-    def _resolve(cls, raw_source: Any) -> _ManifestSource:
-        return cls(raw_source)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for MLflow."""
-        return {"uri": self.uri}
-
-    @classmethod
-    def from_dict(cls, source_dict: dict[str, Any]) -> _ManifestSource:
-        """Return the source that `to_dict` described."""
-        return cls(source_dict["uri"])
-
-
-class _ManifestDataset(Dataset):
-    """A dataset whose digest is its manifest's."""
-
-    def __init__(self, data: DataInput) -> None:
-        self._data = data
-        super().__init__(_ManifestSource(data.uri), name=data.name, digest=data.digest[:36])
-
-    def _compute_digest(self) -> str:
-        return self._data.digest[:36]
-
-    @property
-    def profile(self) -> dict[str, Any]:
-        """Counts and facts worth a glance."""
-        return self._data.profile
-
-    @property
-    def schema(self) -> None:
-        """Return nothing: rows are files in tars."""
-        return None
-
-    def to_dict(self) -> dict[str, str]:
-        """Return plain data for MLflow."""
-        return {**super().to_dict(), "schema": "", "profile": json.dumps(self._data.profile)}
