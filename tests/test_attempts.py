@@ -159,6 +159,7 @@ def test_every_start_of_a_training_is_a_nested_run_and_the_curves_are_the_parent
     assert inputs == {"latents": manifest.digest[:36], "dataset": str(manifest.summary["dataset"])[:36]}
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_under_ray_ends_an_attempt_and_the_next_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     write_latents(tmp_path)
     launch = LaunchConfig(num_workers=2, cpus_per_worker=0.5)
