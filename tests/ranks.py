@@ -15,10 +15,26 @@ from ldm.training.world import World, process_group
 
 def run_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Run `function(world, *arguments)` in `size` processes and raise if one of them fails."""
+    multiprocessing.spawn(_enter, (size, free_port(), function, arguments), nprocs=size)
+
+
+def exit_codes(size: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
+    """Run `function(world, *arguments)` in `size` processes, none of which is ended for another, and see their ends."""
+    port = free_port()
+    spawning = multiprocessing.get_context("spawn")
+    ranks = [spawning.Process(target=_enter, args=(rank, size, port, function, arguments)) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    return [rank.exitcode for rank in ranks]
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_enter, (size, port, function, arguments), nprocs=size)
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def alone() -> World:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -20,7 +21,8 @@ from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
 from jobs.wiring.train_ldm import TrainLdmConfig
 from ldm import storage
 from ldm.config import Config
-from ldm.training.local_launch import LaunchConfig, Outcome, Where, ignore, run_here
+from ldm.training.local_launch import LaunchConfig, Outcome, Where, run_here
+from ldm.training.loop import Progress
 from ldm.training.record import MirrorError
 from pipeline.store.manifest import Manifest
 from pipeline.store.schema import Split
@@ -79,7 +81,7 @@ def launch(
 
     A worker that works alone, without other ranks (an evaluation, a drawing), starts faster on Ray.
     """
-    with TrainingBar(title) if is_main_process() else nullcontext(ignore) as bar:
+    with TrainingBar(title) if is_main_process() else nullcontext(partial(_show_alarm, title)) as bar:
         if where.where is Where.HERE:
             with stop_request() as should_stop:
                 return run_here(worker, config, bar, should_stop)
@@ -90,6 +92,11 @@ def launch(
             if works_alone:
                 return run_alone_on_ray(worker, config, where, bar)
             return run_on_ray(worker, config, where, title, bar)
+
+
+def _show_alarm(title: str, progress: Progress) -> None:
+    """Show what a process of torchrun's that has no bar must say."""
+    print(f"{title}: {progress.notice}", file=sys.stderr)
 
 
 def _open_run(config: TrainingConfig, title: str, data: Manifest, data_uri: str) -> str:
