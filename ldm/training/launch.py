@@ -87,7 +87,10 @@ class Deaths(UserCallback):
         self._num_failures += 1
         if any(isinstance(error, ValueError) for error in worker_exceptions.values()):
             return  # refused: the driver raises it, and nobody is started again
-        notices = [f"worker {rank} {reason(error)}" for rank, error in sorted(causes(worker_exceptions).items())]
+        ranks_of: dict[str, list[str]] = {}
+        for rank, error in sorted(causes(worker_exceptions).items()):
+            ranks_of.setdefault(reason(error), []).append(str(rank))
+        notices = [f"worker {' and '.join(ranks)} {why}" for why, ranks in ranks_of.items()]
         left = self._max_failures - self._num_failures
         follows = (
             f"the workers are started again and go on from the latest checkpoint ({left} more such starts are left)"
@@ -275,9 +278,12 @@ def reason(error: Exception) -> str:
     if isinstance(death, OutOfMemoryError):
         return f"was killed by Ray, for its machine was running out of memory ({_first_lines(death)})"
     if isinstance(death, RayError):
-        found = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*)", str(death))
-        detail = f"{found[1]}, {found[2]}" if found else str(death)
-        return f"died ({detail[:300]})"
+        # Ray goes on with a list of causes that it does not know: the kernel's want of memory, a kill, a crash.
+        found = re.search(
+            r"Worker exit type: (\w+) Worker exit detail: (.*?)\.?( Some common causes.*)?$", str(death), re.M
+        )
+        said = f"{found[1]}, {found[2]}" if found else _first_lines(death)
+        return f"died (killed, crashed, or out of the machine's memory; Ray says {said[:300]})"
     return f"failed ({type(error).__name__}: {_first_lines(error)})"
 
 
