@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from jobs.session import ray_session
 from jobs.wiring.train_ldm import TrainLdmConfig, train_ldm_worker
-from ldm.training.launch import run_on_ray
+from ldm.training.launch import causes, reason, run_on_ray
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
 from ldm.training.world import World
@@ -32,6 +34,8 @@ from tests.small_task import (
 from tests.tiny_latents import write_latents
 from tests.tiny_training import same_weights, tiny_config
 
+# Starting Ray's workers takes minutes on a machine that is busy with other things.
+pytestmark = pytest.mark.timeout(900)
 LIMIT_SECONDS = 4.0
 LAUNCH = LaunchConfig(num_workers=2, cpus_per_worker=1.0, max_failures=2)
 Report = Callable[[Progress], None]
@@ -105,7 +109,7 @@ def test_workers_that_hang_are_started_again_and_a_person_is_told_which_one_it_w
     assert outcome["samples_seen"] == TOTAL
     hung, died, resumed = notices
     assert hung.startswith("rank 1 (host ")
-    assert "has been waiting for data at sample 64" in hung
+    assert "waiting for data at sample 64" in hung.partition("; rank 0")[0]
     assert "died" in died
     assert resumed == "resumed at 64 samples"
 
@@ -124,3 +128,25 @@ def test_a_worker_that_runs_out_of_memory_is_not_tried_again(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="no memory is left on cpu: rank 1 .*--engine.micro-batch-size"):
         launched(train_and_run_out, tmp_path)
     assert len(list((tmp_path / "attempts").iterdir())) == 2
+
+
+def dead(error: Exception) -> Exception:
+    """Return what Ray Train finds of a worker that Ray says this about."""
+    return WorkerHealthCheckFailedError("A worker health check failed.", error)
+
+
+def test_the_reason_that_ray_gives_is_told_and_what_only_followed_from_it_is_not() -> None:
+    gone = RayActorError(
+        "1", "It died.\nWorker exit type: SYSTEM_ERROR Worker exit detail: End of file. Some common ca"
+    )
+    lack = OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on the node: 15 GB")
+    lost = RuntimeError("Connection closed by peer")
+    refused = ValueError("engine.micro_batch_size 3 does not divide")
+    assert list(causes({0: lost, 1: dead(gone)})) == [1]
+    assert list(causes({0: dead(gone), 1: refused})) == [1]
+    assert list(causes({0: lost, 1: lost})) == [0, 1]
+    assert reason(dead(gone)) == (
+        "died (killed, crashed, or out of the machine's memory; Ray says SYSTEM_ERROR, End of file)"
+    )
+    assert reason(dead(lack)).startswith("was killed by Ray, for its machine was running out of memory (Task was kill")
+    assert reason(lost) == "failed (RuntimeError: Connection closed by peer)"

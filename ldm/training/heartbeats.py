@@ -19,6 +19,9 @@ from torch.distributed import distributed_c10d
 
 from ldm.training.world import World
 
+SILENT_AFTER_SECONDS = 10.0
+"""A rank that writes nothing for so long, and for three ticks, no longer answers."""
+
 
 class Phase(StrEnum):
     """What a rank is doing, in the order of a round of the loop."""
@@ -114,9 +117,13 @@ class Heartbeats:
 
     def others(self) -> list[Place]:
         """Return where the other ranks are, those that wrote it; takes a few ticks, or for ever if the store hangs."""
-        before = self._read()
-        threading.Event().wait(max(3 * self._tick_seconds, 1.0))
-        after = self._read()
+        before = after = self._read()
+        pause = threading.Event()
+        for _ in range(max(3, int(SILENT_AFTER_SECONDS / self._tick_seconds))):
+            pause.wait(self._tick_seconds)
+            after = self._read()
+            if all(text != before.get(rank) for rank, text in after.items()):
+                break
         return [
             replace(Place.from_json(text), is_silent=text == before.get(rank)) for rank, text in sorted(after.items())
         ]
