@@ -136,9 +136,8 @@ def dead(error: Exception) -> Exception:
 
 
 def test_the_reason_that_ray_gives_is_told_and_what_only_followed_from_it_is_not() -> None:
-    gone = RayActorError(
-        "1", "It died.\nWorker exit type: SYSTEM_ERROR Worker exit detail: End of file. Some common ca"
-    )
+    said = "It died.\nWorker exit type: SYSTEM_ERROR Worker exit detail: End of file. Some common causes are (1)"
+    gone = RayActorError("1", said)
     lack = OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on the node: 15 GB")
     lost = RuntimeError("Connection closed by peer")
     refused = ValueError("engine.micro_batch_size 3 does not divide")
