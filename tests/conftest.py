@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,9 +45,12 @@ STARTS_MANY_PROCESSES = {
     "test_jobs",
     "test_remote_checkpoints",
     "test_run",
+    "test_rollback",
     "test_stage1_ranks",
     "test_shards_at_once",
     "test_tracking",
+    "test_watchdog",
+    "test_worker_deaths",
 }
 """Modules whose tests take Ray or ranks and leave nothing to another of their kind."""
 
@@ -84,3 +88,15 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def s3_root(s3: S3Server, request: pytest.FixtureRequest) -> str:
     """An `s3://` folder of the test's own."""
     return f"s3://{s3.bucket}/{request.node.name.replace('[', '-').rstrip(']')}"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 40 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

@@ -19,10 +19,26 @@ multiprocessing.set_forkserver_preload(["ldm.training.deepspeed_engine", "jobs.w
 
 def run_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Run `function(world, *arguments)` in `size` processes and raise if one of them fails."""
+    start_processes(_enter, (size, free_port(), function, arguments), nprocs=size, start_method="forkserver")
+
+
+def exit_codes(size: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
+    """Run `function(world, *arguments)` in `size` processes, none of which is ended for another, and see their ends."""
+    port = free_port()
+    server = multiprocessing.get_context("forkserver")
+    ranks = [server.Process(target=_enter, args=(rank, size, port, function, arguments)) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    return [rank.exitcode for rank in ranks]
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    start_processes(_enter, (size, port, function, arguments), nprocs=size, start_method="forkserver")
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def alone() -> World:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -97,7 +98,7 @@ def launch(
     A worker that works alone, without other ranks (an evaluation, a drawing), starts faster on Ray. Whoever else
     watches is told of all progress before the bar is.
     """
-    with TrainingBar(title) if is_main_process() else nullcontext(ignore) as bar:
+    with TrainingBar(title) if is_main_process() else nullcontext(partial(_show_alarm, title)) as bar:
 
         def tell(progress: Progress) -> None:
             watch(progress)
@@ -113,6 +114,11 @@ def launch(
             if works_alone:
                 return run_alone_on_ray(worker, config, where, tell)
             return run_on_ray(worker, config, where, title, tell)
+
+
+def _show_alarm(title: str, progress: Progress) -> None:
+    """Show what a process of torchrun's that has no bar must say."""
+    print(f"{title}: {progress.notice}", file=sys.stderr)
 
 
 def _open_run(config: TrainingConfig, title: str, tags: dict[str, str]) -> str:

@@ -13,10 +13,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm import storage
+from ldm.training.full_disk import FullDiskError, written_by_all
 from ldm.training.saved_state import Resumable
 from ldm.training.state import TrainState
 from ldm.training.world import World
@@ -46,35 +48,69 @@ class CheckpointStore:
         self.damaged: list[str] = []
         self._world = world
 
-    def save(self, engines: Mapping[str, Resumable], state: TrainState, *, is_kept: bool = False) -> None:
+    def save(
+        self,
+        engines: Mapping[str, Resumable],
+        state: TrainState,
+        *,
+        is_kept: bool = False,
+        in_place_of_latest: bool = False,
+    ) -> None:
         """Publish the state; all processes call it together.
 
         Args:
             engines: the parts of the run, by name.
             state: where it stands.
             is_kept: whether this checkpoint stays for good.
+            in_place_of_latest: whether the one before it goes, though it would be among the latest.
+
+        Raises:
+            ValueError: in every process, if a disk took no more; the last checkpoint stands.
         """
         name = f"{state.samples_seen:012d}"
         if self._world.any(name == self._latest_saved):
             return  # a stop that falls on a checkpoint: the same state is there
+        replaced = self.names()[-1:] if in_place_of_latest else []
         self._refuse_full_disk()
-        with self._writing(name) as folder:
-            for part, engine in engines.items():
-                engine.save(folder / part)
-            self._world.barrier()
-            digests = self._world.gather(self._own_digests(folder))
-            if self._world.is_main:
-                merged = {path: digest for part in digests for path, digest in part.items()}
-                content = {"state": state.to_dict(), "identity": self._identity, "files": merged}
-                (folder / STATE_FILE).write_text(json.dumps(content, indent=1, sort_keys=True))
-                if is_kept:
-                    (folder / KEEP_FILE).write_text("")
-            self._world.barrier()
+        try:
+            with self._writing(name) as folder:
+                written_by_all(partial(_save_parts, engines, folder), self._world)
+                digests = self._world.gather(self._own_digests(folder))
+                written_by_all(partial(self._save_state, folder, state, digests, is_kept), self._world)
+            written_by_all(partial(self._point_to, name), self._world)
+        except FullDiskError as error:
+            raise self._filled_up(name, error) from error
         if self._world.is_main:
-            storage.write_text(storage.join(self.root, LATEST_FILE), name)
-            self._forget_old()
+            self._forget(replaced)
+            self._forget(self.names()[: -self._keep])
         self._latest_saved = name
         self._world.barrier()
+
+    def _save_state(self, folder: Path, state: TrainState, digests: list[dict[str, str]], is_kept: bool) -> None:
+        if not self._world.is_main:
+            return
+        merged = {path: digest for part in digests for path, digest in part.items()}
+        content = {"state": state.to_dict(), "identity": self._identity, "files": merged}
+        (folder / STATE_FILE).write_text(json.dumps(content, indent=1, sort_keys=True))
+        if is_kept:
+            (folder / KEEP_FILE).write_text("")
+
+    def _point_to(self, name: str) -> None:
+        if self._world.is_main:
+            storage.write_text(storage.join(self.root, LATEST_FILE), name)
+
+    def _filled_up(self, name: str, error: FullDiskError) -> ValueError:
+        """Take away what was written of a checkpoint, and return what a person can do."""
+        place = self.root if storage.is_local(self.root) else tempfile.gettempdir()
+        free = shutil.disk_usage(place).free
+        if self._world.is_main and storage.is_local(self.root):
+            shutil.rmtree(self._partial(name), ignore_errors=True)
+        last = self.names()[-1:]
+        return ValueError(
+            f"{place} took no more while the checkpoint of sample {int(name):,} was written ({error}; "
+            f"{free / 1e6:,.1f} MB were free): make room and start the same command again; it goes on from "
+            + (f"sample {int(last[0]):,}" if last else "the start")
+        )
 
     def _refuse_full_disk(self) -> None:
         """Say what to do while the last checkpoint is still whole; the next one is as large as it was."""
@@ -87,13 +123,24 @@ class CheckpointStore:
                 f"same command again; it goes on from sample {int(last[0]):,}"
             )
 
-    def restore(self, engines: Mapping[str, Resumable]) -> TrainState | None:
+    @property
+    def latest_samples(self) -> int:
+        """Samples seen of the checkpoint that was saved or restored last; 0 without one."""
+        return int(self._latest_saved or 0)
+
+    def restore(self, engines: Mapping[str, Resumable], before: int | None = None) -> TrainState | None:
         """Load the latest whole checkpoint into the engines; None if there is none.
+
+        Args:
+            engines: the parts of the run, by name.
+            before: only checkpoints of fewer samples seen are taken; None takes all.
 
         Raises:
             ValueError: if it was made with another configuration or other data, naming each difference.
         """
-        for name in reversed(self._world.gather(self.names())[0]):
+        self.damaged = []
+        names = [name for name in self._world.gather(self.names())[0] if before is None or int(name) < before]
+        for name in reversed(names):
             with self._reading(name) as (folder, found):
                 problem = next(filter(None, self._world.gather(found)), "")
                 if problem:
@@ -111,11 +158,13 @@ class CheckpointStore:
         return None
 
     def _remove_damaged(self) -> None:
-        """Take away what can't be used, or it would count among the latest."""
+        """Take away what can't be used: it would count among the latest, or take up room."""
         self._world.barrier()
         if self._world.is_main:
             for name in self.damaged:
                 storage.remove_folder(storage.join(self.root, name))
+            for folder in Path(self.root).glob(".*.partial") if storage.is_local(self.root) else ():
+                shutil.rmtree(folder, ignore_errors=True)
         self._world.barrier()
 
     def names(self) -> list[str]:
@@ -167,18 +216,21 @@ class CheckpointStore:
                 "Take another --root, or the configuration that it was made with."
             )
 
+    def _partial(self, name: str) -> Path:
+        return Path(self.root) / f".{name}.partial"
+
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
         if storage.is_local(self.root):
-            partial = Path(self.root) / f".{name}.partial"
+            folder = self._partial(name)
             if self._world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
             self._world.barrier()
-            yield partial
+            yield folder
             if self._world.is_main:
                 shutil.rmtree(Path(self.root) / name, ignore_errors=True)
-                partial.rename(Path(self.root) / name)
+                folder.rename(Path(self.root) / name)
             return
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
@@ -210,10 +262,15 @@ class CheckpointStore:
                 return f"{path} is not the file that was saved (its sha256 differs)"
         return ""
 
-    def _forget_old(self) -> None:
-        for name in self.names()[: -self._keep]:
+    def _forget(self, names: list[str]) -> None:
+        for name in names:
             if not storage.exists(storage.join(self.root, name, KEEP_FILE)):
                 storage.remove_folder(storage.join(self.root, name))
+
+
+def _save_parts(engines: Mapping[str, Resumable], folder: Path) -> None:
+    for part, engine in engines.items():
+        engine.save(folder / part)
 
 
 def _differences(where: str, saved: Any, now: Any) -> list[str]:

@@ -1,23 +1,25 @@
 """THE Ray Train file: the worker function of a training on Ray's workers, or of one that works alone as a plain task.
 
 A board (an actor without CPU) carries progress to the driver and the wish to stop to the workers. Ray Train starts the
-workers again when one dies, and each goes on from the latest checkpoint; what one refused is not tried again.
+workers again when one dies, which the driver is told, and each goes on from the latest checkpoint; what one refused is
+not tried again.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-import ray.exceptions
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.exceptions import OutOfMemoryError, RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from ldm.training.local_launch import LaunchConfig, Outcome, Worker, ignore
+from ldm.training.local_launch import LaunchConfig, Outcome, Worker, alarms_of
 from ldm.training.loop import Progress
 from ldm.training.world import World
 
@@ -67,6 +69,37 @@ class Board:
         return self._is_stopping
 
 
+class Deaths(UserCallback):
+    """Tells the driver that workers died or failed, and what follows; Ray Train calls it in its controller.
+
+    Args:
+        board: carries it there.
+        max_failures: how often the workers are started again.
+    """
+
+    def __init__(self, board: Any, max_failures: int) -> None:
+        self._board = board
+        self._max_failures = max_failures
+        self._num_failures = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Take note of what one look at the workers found; the cause alone, if others only failed after it."""
+        self._num_failures += 1
+        if any(isinstance(error, ValueError) for error in worker_exceptions.values()):
+            return  # refused: the driver raises it, and nobody is started again
+        ranks_of: dict[str, list[str]] = {}
+        for rank, error in sorted(causes(worker_exceptions).items()):
+            ranks_of.setdefault(reason(error), []).append(str(rank))
+        notices = [f"worker {' and '.join(ranks)} {why}" for why, ranks in ranks_of.items()]
+        left = self._max_failures - self._num_failures
+        follows = (
+            f"the workers are started again and go on from the latest checkpoint ({left} more such starts are left)"
+            if left >= 0
+            else "they were started again as often as launch.max_failures allows"
+        )
+        self._board.put.remote(Progress(done=0, total=0, notice=f"{'; '.join(notices)}: {follows}"))
+
+
 def run_on_ray(
     worker: Worker, config: Any, launch: LaunchConfig, name: str, watch: Callable[[Progress], None]
 ) -> Outcome:
@@ -89,7 +122,11 @@ def run_on_ray(
             use_gpu=launch.gpus_per_worker > 0,
             resources_per_worker=_resources(launch),
         ),
-        run_config=RunConfig(name=name, failure_config=FailureConfig(max_failures=launch.max_failures)),
+        run_config=RunConfig(
+            name=name,
+            failure_config=FailureConfig(max_failures=launch.max_failures),
+            callbacks=[Deaths(board, launch.max_failures)],  # type: ignore[list-item]
+        ),
     )
     return _watched(trainer.fit, board, watch, "the workers finish their step and save")
 
@@ -165,11 +202,17 @@ def _run_in(world: World, payload: Mapping[str, Any]) -> None:
     board = payload["board"]
     if not launch.gpus_per_worker:
         torch.set_num_threads(max(1, int(launch.cpus_per_worker)))
-    report: Callable[[Progress], None] = (lambda progress: board.put.remote(progress)) if world.is_main else ignore
+
+    def report(progress: Progress) -> None:
+        told = board.put.remote(progress)
+        if progress.is_alarm:  # this process ends next
+            ray.get(told)
+
     if ray.get(board.refusal.remote()):
         return
     try:
-        outcome = payload["worker"](payload["config"], world, report, _StopPoll(board, world))
+        told = report if world.is_main else alarms_of(report)
+        outcome = payload["worker"](payload["config"], world, told, _StopPoll(board, world))
     except ValueError as error:
         ray.get(board.refuse.remote(str(error)))
         raise
@@ -219,10 +262,46 @@ def _resources(launch: LaunchConfig) -> dict[str, float]:
     return {**resources, "GPU": launch.gpus_per_worker} if launch.gpus_per_worker else resources
 
 
+def causes(errors: Mapping[int, Exception]) -> dict[int, Exception]:
+    """Return the workers' errors that the others followed from: what was refused, else deaths, else all.
+
+    Where one worker dies, the others lose their connection to it in the next collective.
+    """
+    refused: dict[int, Exception] = {rank: error for rank, error in errors.items() if isinstance(error, ValueError)}
+    died = {rank: error for rank, error in errors.items() if isinstance(_death(error), RayError)}
+    return refused or died or dict(errors)
+
+
+def reason(error: Exception) -> str:
+    """Return how a worker came to its end, in words."""
+    death = _death(error)
+    if isinstance(death, OutOfMemoryError):
+        return f"was killed by Ray, for its machine was running out of memory ({_first_lines(death)})"
+    if isinstance(death, RayError):
+        # Ray goes on with a list of causes that it does not know: the kernel's want of memory, a kill, a crash.
+        found = re.search(
+            r"Worker exit type: (\w+) Worker exit detail: (.*?)\.?( Some common causes.*)?$", str(death), re.M
+        )
+        said = f"{found[1]}, {found[2]}" if found else _first_lines(death)
+        return f"died (killed, crashed, or out of the machine's memory; Ray says {said[:300]})"
+    return f"failed ({type(error).__name__}: {_first_lines(error)})"
+
+
+def _death(error: Exception) -> Exception:
+    """Return Ray's own reason of a worker's death, which Ray Train wraps."""
+    return getattr(error, "health_check_failure", error)
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def _readable(failure: BaseException) -> Exception:
     """Return the worker's own ValueError where there is one: it is for the person, not for a traceback."""
-    causes = list(getattr(failure, "worker_failures", {}).values()) or [failure]
-    inner = getattr(causes[0], "_base_exc", getattr(causes[0], "cause", None)) or causes[0]
+    failures = getattr(failure, "worker_failures", {})
+    cause = next(iter(causes(failures).values())) if failures else failure
+    inner = getattr(cause, "_base_exc", getattr(cause, "cause", None)) or cause
     if isinstance(inner, ValueError):
         return ValueError(str(inner))
-    return RuntimeError(f"the worker failed: {inner!r}"[:2000])
+    how = reason(inner) if isinstance(inner, Exception) else repr(inner)
+    return RuntimeError(f"the worker {how}")

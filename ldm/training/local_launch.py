@@ -66,8 +66,13 @@ def run_here(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with process_group(rank, size, device) as world:
-        return worker(config, world, watch if world.is_main else ignore, should_stop)
+        return worker(config, world, watch if world.is_main else alarms_of(watch), should_stop)
+
+
+def alarms_of(report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """Return what takes only alarms: everything else is told by the main process."""
+    return lambda progress: report(progress) if progress.is_alarm else None
 
 
 def ignore(_: Progress) -> None:
-    """Take no notice: only the main process reports."""
+    """Take no notice of what is told."""

@@ -5,21 +5,23 @@ Everything that happens is a function of samples seen, so a resumed run does wha
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-from ldm import storage
 from ldm.config import Config, added_later
 from ldm.training.checkpoint import CheckpointStore
+from ldm.training.heartbeats import Phase
 from ldm.training.machine_load import MachineLoad
+from ldm.training.out_of_memory import memory_explained
 from ldm.training.record import Tracker
+from ldm.training.rollback import look_for_lost_row, roll_back
 from ldm.training.state import TrainState, is_due
 from ldm.training.task import Keyed, NotFiniteError, Task
+from ldm.training.watchdog import Watchdog, unwatched
 from ldm.training.window import Window
 from ldm.training.world import World
 
@@ -50,13 +52,20 @@ class LoopConfig(Config):
     max_lost_steps: int = added_later(8)
     """A step whose loss or gradient is not finite is left out and counted; so many in a row end the run, and the keys
     of their rows are saved beside the checkpoints."""
+    max_rollbacks: int = added_later(0)
+    """How often in a run so many lost steps lead back to the weights of the latest checkpoint instead, and on behind
+    the rows since then, whose keys are saved too; 0 ends the run the first time."""
+    hang_minutes: float = added_later(30.0)
+    """A process that waits for data, is in a step, a validation or a checkpoint for so long says where all processes
+    are, writes its stacks beside the checkpoints and ends itself, to be started again; 0 lets it wait."""
 
     def __post_init__(self) -> None:
         for name in ("total_samples", "keep_checkpoints", "max_lost_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
-        if self.keep_every < 0:
-            raise ValueError(f"loop.keep_every can't be negative, got {self.keep_every}")
+        for name in ("keep_every", "max_rollbacks", "hang_minutes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loop.{name} can't be negative, got {getattr(self, name)}")
 
     @property
     def num_kept_for_good(self) -> int:
@@ -74,6 +83,7 @@ class Progress:
         metrics: the latest values worth a glance.
         notice: a sentence that a person must see, or empty.
         facts: where the workers run, told once at each of their starts.
+        is_alarm: whether the notice comes from whichever process had to give it, which ends after it.
     """
 
     done: int
@@ -81,6 +91,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     notice: str = ""
     facts: dict[str, str] = field(default_factory=dict)
+    is_alarm: bool = False
 
 
 class Loader(Protocol[BatchT_co]):
@@ -106,6 +117,7 @@ class Surroundings:
         report: called with the progress of the run by the main process.
         should_stop: says that a stop was asked for (a signal); the loop saves and returns.
         load: measures what every process and its machine are busy with.
+        enters: called with what comes next, and at which sample; the loop's watchdog is put there.
     """
 
     world: World
@@ -115,13 +127,28 @@ class Surroundings:
     report: Callable[[Progress], None]
     should_stop: Callable[[], bool]
     load: MachineLoad = field(default_factory=MachineLoad)
+    enters: Callable[[Phase, int], None] = unwatched
 
 
 def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around: Surroundings) -> TrainState:
     """Train to the end, or until a stop is asked for, and return where the run stands.
 
-    Starts from the latest whole checkpoint if there is one.
+    Starts from the latest whole checkpoint if there is one. A process that hangs is ended: see `Watchdog`.
+
+    Raises:
+        NotFiniteError: if too many steps in a row were lost, or the end can't be measured.
+        OutOfMemoryError: if there is not enough memory, with what takes less.
     """
+
+    def tell(sentence: str) -> None:
+        around.report(Progress(done=0, total=0, notice=sentence, is_alarm=True))
+
+    watchdog = Watchdog(60 * config.hang_minutes, around.checkpoints.root, around.world, tell)
+    with watchdog, memory_explained(around.world, lambda: watchdog.place().sentence()):
+        return _train(task, loader, config, replace(around, enters=watchdog.enters))
+
+
+def _train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around: Surroundings) -> TrainState:
     state = around.checkpoints.restore(task.engines) or TrainState()
     for name in around.checkpoints.damaged:
         around.report(_progress(config, state, notice=f"checkpoint {name} was damaged and is not used"))
@@ -133,13 +160,15 @@ def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around
     batches = loader.batches(state.samples_seen)
     is_stopping = False
     while state.samples_seen < config.total_samples:
+        around.enters(Phase.DATA, state.samples_seen)
         batch = next(batches)
+        around.enters(Phase.STEP, state.samples_seen)
         metrics = task.step(batch, state.samples_seen, around.batch_size)
         state = state.advanced(around.batch_size, window.tick())
         window.add(metrics, batch.keys, state.samples_seen)
         is_stopping = is_stopping or around.world.any(around.should_stop())
         if is_stopping or _is_measured(config, state, around.batch_size):
-            _refuse_many_lost(window, config, around)
+            state = _recover(task, window, state, config, around)
         if is_due(config.log_every, state.samples_seen, around.batch_size):
             _log(window, loader, state, config, around)
         state = _do_what_is_due(task, window, state, config, around)
@@ -158,6 +187,7 @@ def _do_what_is_due(
     if is_last or is_due(config.validate_every, state.samples_seen, num_samples):
         state = _validate(task, state, config, around)
     if is_last or is_due(config.picture_every, state.samples_seen, num_samples):
+        around.enters(Phase.PICTURES, state.samples_seen)
         for name, images in task.pictures().items():
             around.tracker.log_picture(name, images, state.samples_seen)
     if is_last:
@@ -184,6 +214,7 @@ def _save(
         around.report(_progress(config, state, notice=notice))
         return False
     started = time.monotonic()
+    around.enters(Phase.CHECKPOINT, state.samples_seen)
     around.checkpoints.save(task.engines, state, is_kept=is_kept)
     around.tracker.log_metrics({"checkpoint_seconds": time.monotonic() - started}, state.samples_seen)
     return True
@@ -196,26 +227,30 @@ def _is_measured(config: LoopConfig, state: TrainState, num_samples: int) -> boo
     return is_last or any(is_due(every, state.samples_seen, num_samples) for every in intervals)
 
 
-def _refuse_many_lost(window: Window, config: LoopConfig, around: Surroundings) -> None:
-    """Stop a network that does not come back, or data that can't be learned from, before the next checkpoint."""
-    ended_at = max(around.world.gather(window.ended_at()))
-    by_rank = around.world.gather(window.latest_keys(ended_at, around.batch_size)) if ended_at else []
-    window.forget_keys()
-    if not ended_at:
-        return
-    names = sorted({name for _, names in around.world.gather(window.lost()) for name in names})
-    first = ended_at - config.max_lost_steps * around.batch_size
-    place = storage.join(around.checkpoints.root, f"lost-{first:012d}.json")
-    if around.world.is_main:
-        keys = [[key for share in step for key in share] for step in zip(*by_rank, strict=True)]
-        content = {"samples": [first, ended_at], "metrics": names, "keys": keys}
-        storage.write_text(place, json.dumps(content, indent=1))
-    raise NotFiniteError(
-        f"{config.max_lost_steps} steps in a row, from {first:,} to {ended_at:,} samples, were not finite "
-        f"({', '.join(names)}), so they are lost; the keys of their rows are in {place}. The last checkpoint is from "
-        "before. More --loop.max-lost-steps lets the same run go on; a lower optim.lr or other data is another run, in "
-        "a root of its own"
+def _recover(
+    task: Task[Any], window: Window, state: TrainState, config: LoopConfig, around: Surroundings
+) -> TrainState:
+    """Deal with a network that does not come back, or data that can't be learned from, before the next checkpoint."""
+    checkpoints, world = around.checkpoints, around.world
+    lost = look_for_lost_row(window, config.max_lost_steps, around.batch_size, checkpoints, world)
+    if lost is None:
+        window.forget_keys(checkpoints.latest_samples if config.max_rollbacks else state.samples_seen)
+        return state
+    around.enters(Phase.CHECKPOINT, state.samples_seen)
+    has_more = state.rollbacks < config.max_rollbacks
+    again = roll_back(task.engines, window, state, checkpoints, world) if has_more else None
+    if again is None:
+        raise lost.error()
+    if again.samples_seen < config.total_samples:  # the last one is saved when it is measured
+        is_kept = is_due(config.keep_every, again.samples_seen, around.batch_size)
+        checkpoints.save(task.engines, again, is_kept=is_kept, in_place_of_latest=True)
+    around.tracker.log_metrics({"rollbacks": float(again.rollbacks)}, again.samples_seen)
+    notice = (
+        f"{lost.sentence()}. Rollback {again.rollbacks} of {config.max_rollbacks}: the weights of sample "
+        f"{again.passed_over[-1][0]:,} go on from sample {again.samples_seen:,}, and the rows between are passed over"
     )
+    around.report(_progress(config, again, notice=notice))
+    return again
 
 
 def _refuse_useless(state: TrainState, around: Surroundings) -> None:
@@ -229,6 +264,7 @@ def _refuse_useless(state: TrainState, around: Surroundings) -> None:
 
 
 def _validate(task: Task[Any], state: TrainState, config: LoopConfig, around: Surroundings) -> TrainState:
+    around.enters(Phase.VALIDATION, state.samples_seen)
     metrics = task.validate()
     around.tracker.log_metrics(metrics, state.samples_seen)
     around.report(_progress(config, state, metrics))

@@ -89,14 +89,19 @@ class Window:
         """Return the samples seen when too many steps in a row had been lost; 0 while that was not so."""
         return 0 if self._ended_at is None else int(self._ended_at)
 
-    def latest_keys(self, ended_at: int, batch_size: int) -> list[list[str]]:
-        """Return the keys of the steps that were lost in a row, the last of which ended at `ended_at`."""
-        first = ended_at - self._max_lost_steps * batch_size
-        return [list(keys) for end, keys in self._keys if first < end <= ended_at]
+    def keys_between(self, first: int, end: int) -> list[list[str]]:
+        """Return the keys of each step within these samples, as far as they are not forgotten."""
+        return [list(keys) for ended, keys in self._keys if first < ended <= end]
 
-    def forget_keys(self) -> None:
-        """Keep only the keys that a row of lost steps may still need."""
-        del self._keys[: -self._max_lost_steps]
+    def forget_keys(self, until: int) -> None:
+        """Keep only the keys after a sample, and those that a row of lost steps may still need."""
+        latest = self._keys[-self._max_lost_steps :]
+        self._keys = [step for step in self._keys[: -self._max_lost_steps] if step[0] > until] + latest
+
+    def forgive(self) -> None:
+        """Begin anew to count steps that are lost in a row: the weights that lost them are gone."""
+        self._in_a_row = self._ended_at = None
+        self._keys = []
 
     def lost_in_a_row(self) -> int:
         """Return how many of the latest steps were lost, without a good one between or after them."""
