@@ -105,7 +105,7 @@ class SmallTask:
         """Return every number that a resumed run would go on from, of the local engine."""
         self.engine.save(folder)
         tensors: dict[str, Tensor] = {}
-        collect("", torch.load(folder / "local.pt", weights_only=True), tensors)
+        collect("", torch.load(folder / "fragments-00000.pt", weights_only=True), tensors)
         return tensors
 
     def weights(self, world: World) -> dict[str, Tensor]:

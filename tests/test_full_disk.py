@@ -92,6 +92,6 @@ def test_what_a_killed_writer_left_is_taken_away(tmp_path: Path) -> None:
     small_training(SmallTask(small_engine(alone(), tmp_path)), alone(), tmp_path / "run", total_samples=32)
     left_over = tmp_path / "run" / ".000000000048.partial"
     left_over.mkdir()
-    (left_over / "local.pt").write_bytes(bytes(100))
+    (left_over / "fragments-00000.pt").write_bytes(bytes(100))
     small_training(SmallTask(small_engine(alone(), tmp_path)), alone(), tmp_path / "run", total_samples=40)
     assert not left_over.exists()
