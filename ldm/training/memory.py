@@ -1,5 +1,6 @@
 """How much memory a rank needs, before a training takes it: a sum for each moment of a step, and the largest of them.
 
+    forward     activations come, under stage 3 beside weights that came flat
     backward    gradients come while activations go
     reduction   gradients lie in buckets, beside the copy that goes through the network
     update      gradients of the rank's share, beside the copy that the optimizer reads
@@ -251,12 +252,10 @@ def _stage_3(sharding: Sharding, step: Step) -> Iterator[Memory]:
     gathered = min(num - small, sharding.max_gathered) * each
     num_copies = 2 if step.is_on_cpu else 1
     copies = copied * num_copies
-    fetched = (
-        min(num - small, sharding.fetched) * each * num_copies
-    )  # what came lies flat before it is cut into weights
-    is_whole = num - small <= sharding.fetched  # then all of it comes before the first layer
-    begun = 0 if is_whole else passed.peak_bytes
-    yield _with(always, "gathering", weights=gathered, buffers=fetched, activations=begun)
+    # What came together lies flat, beside the weights that were cut out of it, until the last of these was used.
+    fetched = min(num - small, sharding.fetched) * each
+    yield _with(always, "gathering", weights=gathered, buffers=fetched * num_copies)
+    yield _with(always, "forward", weights=gathered, buffers=fetched, activations=passed.peak_bytes)
     yield _with(always, "backward", weights=gathered, activations=passed.peak_bytes)
     if num <= sharding.bucket:
         yield _with(always, "reduction", buffers=copies)
