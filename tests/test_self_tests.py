@@ -154,7 +154,7 @@ def look_at_memory(world: World, needed: Memory) -> None:
 
 WELL = ("same", "shared folder", "shared bucket", "exchange", "well")
 FAULTS = {
-    "unsynchronised": r"(?s)after a step the ranks have other weights.*autoencoder\.encoder.* on rank 0; -?\d+ on rank",
+    "unsynchronised": r"after a step the ranks have other weights.*conv_in\.bias: -?\d+ on rank 0; -?\d+ on rank 1",
     "weights": r"before the first step the ranks have other weights.*\n  autoencoder.decoder.conv_out.bias: ",
     "rows": r"ranks 0, 1 were given the same rows: 2 positions .* first 0 \(rank 0 has drawn-0, rank 1 has drawn-0\)",
 }

@@ -84,7 +84,7 @@ def _convert(network: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> No
     for module in network.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                made = mode.from_tensor(weight.detach()).to(dtype)
+                made = mode.from_tensor(weight).detach().to(dtype)
                 module._parameters[name] = nn.Parameter(made, weight.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
