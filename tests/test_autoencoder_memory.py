@@ -17,7 +17,6 @@ from ldm.training.reconstruction_config import ReconstructionConfig
 from tests.ranks import alone
 from tests.tiny_stage1 import BATCH, EVERYTHING, KL, LOSS, SIDE, VQ, stage1_config, stage1_task, train_steps
 
-
 LEARNED_CODES = replace(EVERYTHING, codebook=CodebookConfig())
 FORMS = [(KL, LOSS), (VQ, LEARNED_CODES), (KL, replace(LOSS, adversarial_weight=0.0))]
 

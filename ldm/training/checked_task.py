@@ -124,7 +124,7 @@ class CheckedTask(Generic[BatchT]):
         ended = self.attempt.clock()
         after = weight_sums(self.networks)
         check_weights(world, after, "after a step")
-        self._is_shown = after != before or not after
+        self._is_shown = not after or any(before.get(name, value) != value for name, value in after.items())
         self.findings.seconds += self.attempt.clock() - ended + begun - started
         if self._is_shown:
             self._tell(samples_seen, has_equal_weights=bool(after))
