@@ -7,6 +7,7 @@ All ranks call each together and raise the same `ValueError`. No random number i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import time
 import uuid
@@ -31,6 +32,8 @@ WARNING_SHARE = 0.9
 LOOKS = 3
 """A process that was killed may hold its memory for a moment: so often it is looked at before a refusal."""
 SHOWN = 5
+FULL = "has no room"
+"""Nothing is wrong with such a place: checkpoints say how much room they need, and that the run goes on with it."""
 GIGA = 1e9
 
 
@@ -139,6 +142,8 @@ def check_storage(world: World, root: str, machine: str) -> None:
     own = probes[world.rank]
     try:
         problems = world.gather(_problem_of_writing(own, token))
+        if FULL in problems:
+            return
         if not problems[0]:
             seen = world.gather(_problem_of_reading(probes[0], token))
             problems = [first or second for first, second in zip(problems, seen, strict=True)]
@@ -149,7 +154,7 @@ def check_storage(world: World, root: str, machine: str) -> None:
     if any(problems):
         listed = [f"rank {rank} ({places[rank]}) {problem}" for rank, problem in enumerate(problems) if problem]
         raise ValueError(
-            f"the root is not one place for all ranks; rank 0 has {places[0]}:\n  {_listed(listed)}\n"
+            f"not every rank can use the root; rank 0 has {places[0]}:\n  {_listed(listed)}\n"
             "Take a --root that every machine can write and sees alike: a network file system, or s3://."
         )
 
@@ -159,7 +164,7 @@ def _problem_of_writing(path: str, content: str) -> str:
         storage.write_text(path, content)
         found = storage.read_text(path)
     except OSError as error:
-        return f"can't write there: {error}"
+        return FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"can't write there: {error}"
     return "" if found == content else f"reads back {found!r} where it wrote {content!r}"
 
 
