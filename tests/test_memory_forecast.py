@@ -157,15 +157,15 @@ def test_gradients_of_several_micro_batches_stay_whole_until_the_step_unless_the
         assert (backward.gradients >= 4 * BIG.num_weights) == is_whole
 
 
-# What the libraries keep for themselves is a tenth of this network, so that the tolerance is wider than on the
-# benchmark's, of 40 M weights: `python -m tests.benchmarks.memory_forecast`.
-MEASURED = Case(unet=replace(SMALL, base_channels=96, channel_mult=(1, 2, 3)), rows=4, side=32, micro_rows=4, steps=3)
+# The benchmark's `--quick`, 14 M weights: beside fewer, what libraries keep for themselves is more than the tolerance.
+QUICK = replace(SMALL, base_channels=64, channel_mult=(1, 2, 3), num_res_blocks=2, attention_factors=(4,), num_heads=4)
+MEASURED = Case(unet=QUICK, rows=4, side=32, micro_rows=4, steps=3)
 
 
-@pytest.mark.parametrize("file", [None, "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("file", [None, "zero2", "zero3"])
 def test_two_ranks_take_what_is_forecast(file: str | None) -> None:
     said, taken = forecast_and_measured(MEASURED, file, 2)
-    assert said == pytest.approx(taken, rel=0.15)
+    assert said == pytest.approx(taken, rel=0.1)
 
 
 TOLD = Told(size=(16, 24), pixels=(128, 192), max_tokens=16, text_width=32, pooled_width=48)

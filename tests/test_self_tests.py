@@ -268,7 +268,7 @@ def test_a_training_with_self_tests_is_bit_for_bit_the_one_without(latents: Path
     run(plain)
     assert same_weights(latents, "tested", "plain")
     assert series(latents, "tested", "loss") == series(latents, "plain", "loss")
-    expected = r"self-tests passed in \d+\.\d s: 1 rank, storage that keeps what is written, \d\.\d of \d+\.\d GB .*"
+    expected = r"self-tests passed in \d+\.\d s: 1 rank, storage that keeps what is written, 0\.\d{3} of \d+\.\d GB .*"
     assert len([notice for notice in said if re.fullmatch(expected, notice)]) == 1
     assert not [entry for entry in record_of(latents, "plain") if "self" in str(entry)]
 

@@ -26,7 +26,7 @@ from pipeline.store.manifest import Manifest
 DEEPSPEED_FILES = PROJECT / "infra" / "deepspeed"
 UNSHARDED = (Sharding(name="local"), Sharding(name="zero0", stage=0))
 COLUMNS = ("weights", "gradients", "optimizer", "averages", "buffers", "activations", "device", "host")
-GIGA = 1e9
+GIGA, MEGA = 1e9, 1e6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,16 +176,18 @@ def table(training: Denoising, there: int) -> str:
         training: what is forecast.
         there: bytes that a rank has, as far as this machine tells.
     """
-    step = training.step(training.configured)
+    found = forecasts(training)
+    unit, size = ("GB", GIGA) if max(memory.device for _, memory in found) >= GIGA else ("MB", MEGA)
+    saved = training.step(training.configured).passed.saved_bytes / size
     rows = training.engine.micro_batches(training.num_rows)[0][1]
     lines = [
-        f"memory    GB of a rank at the fullest moment of a step; {rows} rows keep "
-        f"{step.passed.saved_bytes / GIGA:.2f} GB of activations for the backward pass",
+        f"memory    {unit} of a rank at the fullest moment of a step; {rows} rows keep {saved:,.2f} {unit} of "
+        "activations for the backward pass",
         " " * 26 + "".join(f"{name:>12}" for name in COLUMNS) + "  moment",
     ]
-    for sharding, memory in forecasts(training):
+    for sharding, memory in found:
         mark = "->" if sharding == training.configured else "  "
-        figures = "".join(f"{getattr(memory, name) / GIGA:12.2f}" for name in COLUMNS)
+        figures = "".join(f"{getattr(memory, name) / size:12,.2f}" for name in COLUMNS)
         lines.append(f"       {mark} {sharding.name:16}{figures}  {memory.moment}")
     kind = "memory of this machine" if training.is_on_cpu else "of this machine's GPU"
     lines.append(f"there     {there / GIGA:.2f} GB a rank, free {kind} now")

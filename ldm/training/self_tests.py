@@ -283,7 +283,8 @@ def _shares(machine: Machine, everywhere: Sequence[Machine], needed: Memory, dev
 
 
 def _figures(what: str, needed: int, there: int) -> str:
-    return f"{needed / GIGA:.1f} of {there / GIGA:.1f} GB {what}forecast a rank"
+    digits = 1 if needed >= GIGA / 10 else 3
+    return f"{needed / GIGA:.{digits}f} of {there / GIGA:.1f} GB {what}forecast a rank"
 
 
 def weight_sums(networks: Mapping[str, nn.Module]) -> dict[str, int]:
