@@ -22,6 +22,11 @@ def run_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None
     start_processes(_enter, (size, free_port(), function, arguments), nprocs=size, start_method="forkserver")
 
 
+def run_fresh_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Run `function(world, *arguments)` in `size` processes that inherit nothing but the environment."""
+    start_processes(_enter, (size, free_port(), function, arguments), nprocs=size, start_method="spawn")
+
+
 def exit_codes(size: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
     """Run `function(world, *arguments)` in `size` processes, none of which is ended for another, and see their ends."""
     port = free_port()

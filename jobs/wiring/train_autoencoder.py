@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from jobs.wiring.autoencoder_memory import Reconstructing, advice, described, needed
+from jobs.wiring.machine import free_share
 from jobs.wiring.recording import open_record
+from jobs.wiring.self_testing import Forecast, begin_self_tests
 from ldm import storage
 from ldm.autoencoder.codebook import CodebookConfig, CodebookMemory
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
@@ -83,6 +87,8 @@ class TrainAutoencoderConfig(Config):
     fit it to one's own pictures; empty for drawn weights."""
     crop: ImageCropConfig = added_later(ImageCropConfig())
     """Which square of a picture is a row; held-out pictures are their centre."""
+    self_tests: bool = added_later(True)
+    """Whether every attempt first shows that ranks, storage, network and memory are what it needs; takes seconds."""
 
     def __post_init__(self) -> None:
         if self.autoencoder.regularizer is Regularizer.KL and self.loss.codebook != CodebookConfig():
@@ -161,6 +167,11 @@ def train_autoencoder_worker(
 ) -> Outcome:
     """Train in one process of the group; the main one records into the MLflow run and publishes the autoencoder."""
     manifest = load_manifest(config.dataset)
+    tests = None
+    if config.self_tests:
+        training = _reconstructing(config, manifest, world.size)
+        forecast = Forecast(needed=partial(needed, training), advice=partial(advice, training))
+        tests = begin_self_tests(config, config.root, manifest, forecast, world, report)
     task = build_task(config, world, ImageLoader(manifest, config.loader(Split.VALIDATION), 0, 1), report)
     around = Surroundings(
         world=world,
@@ -171,7 +182,9 @@ def train_autoencoder_worker(
         should_stop=should_stop,
     )
     loader = ImageLoader(manifest, config.loader(Split.TRAIN), world.rank, world.size)
-    state = train(task, loader, config.loop, around)
+    networks = {"autoencoder": task.autoencoder.raw, "discriminator": task.adversary.engine.raw}
+    checked = task if tests is None else tests.around(task, networks, around.tracker)
+    state = train(checked, loader, config.loop, around)
     is_finished = state.samples_seen >= config.loop.total_samples
     if is_finished:
         _publish(config, manifest, task, state)
@@ -268,7 +281,20 @@ def describe(config: TrainAutoencoderConfig, manifest: Manifest) -> str:
             f"{config.loop.total_samples / max(1, num_rows):.1f} epochs",
             f"workers   {workers} x ({config.launch.cpus_per_worker:g} CPU, {config.launch.gpus_per_worker:g} GPU)",
             f"output    {config.root}",
+            described(_reconstructing(config, manifest, workers), free_share(config.launch)),
         ]
+    )
+
+
+def _reconstructing(config: TrainAutoencoderConfig, manifest: Manifest, num_ranks: int) -> Reconstructing:
+    return Reconstructing(
+        autoencoder=config.autoencoder,
+        loss=config.loss,
+        side=config.crop.size_of(manifest.image_size),
+        has_averages=config.ema.half_life_samples > 0,
+        is_bf16=config.engine.precision is Precision.BF16,
+        num_ranks=num_ranks,
+        num_rows=config.batch_size // num_ranks,
     )
 
 

@@ -9,7 +9,10 @@ from functools import partial
 
 import torch
 
+from jobs.wiring.machine import free_share, trains_on_cpu
+from jobs.wiring.memory_forecast import Denoising, advice, needed, table, told_of
 from jobs.wiring.recording import open_record
+from jobs.wiring.self_testing import Forecast, begin_self_tests
 from ldm import storage
 from ldm.conditioning.conditioner import ConditioningConfig
 from ldm.conditioning.layout import num_objects
@@ -112,6 +115,8 @@ class TrainLdmConfig(Config):
     """Most bytes of copies in `cache_folder`, for all ranks of a machine together; 0 is no limit."""
     seed: int = 0
     """Seed of initial weights and all draws."""
+    self_tests: bool = added_later(True)
+    """Whether every attempt first shows that ranks, storage, network and memory are what it needs; takes seconds."""
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_streams:
@@ -187,6 +192,11 @@ def train_ldm_worker(
 ) -> Outcome:
     """Train in one process of the group; the main one records into the MLflow run and publishes the finished model."""
     manifest = load_manifest(config.latents)
+    tests = None
+    if config.self_tests:
+        training = _denoising(config, manifest, world.size, is_on_cpu=world.device.type == "cpu")
+        forecast = Forecast(needed=partial(needed, training), advice=partial(advice, training))
+        tests = begin_self_tests(config, config.root, manifest, forecast, world, report)
     read_tokens = token_reader(manifest, config.text, config.conditioning.text, world.device)
     loader = LatentLoader(manifest, config.loader(Split.TRAIN), world.rank, world.size, read_tokens)
     held_out = LatentLoader(manifest, config.loader(Split.VALIDATION), 0, 1, read_tokens)
@@ -214,7 +224,8 @@ def train_ldm_worker(
         report=report,
         should_stop=should_stop,
     )
-    state = train(task, loader, config.loop, around)
+    checked = task if tests is None else tests.around(task, {"unet": engine.raw}, around.tracker)
+    state = train(checked, loader, config.loop, around)
     is_finished = state.samples_seen >= config.loop.total_samples
     if is_finished:
         _publish(config, manifest, engine, state.samples_seen, world)
@@ -262,7 +273,24 @@ def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
             f"engine {config.engine.kind}"
             + (f" ({config.engine.zero_config})" if config.engine.kind == "deepspeed" else ""),
             f"output    {config.root}",
+            table(
+                _denoising(config, manifest, workers, is_on_cpu=trains_on_cpu(config.launch)),
+                free_share(config.launch),
+            ),
         ]
+    )
+
+
+def _denoising(config: TrainLdmConfig, manifest: Manifest, num_ranks: int, *, is_on_cpu: bool) -> Denoising:
+    return Denoising(
+        unet=config.unet,
+        conditioning=config.conditioning,
+        told=told_of(manifest, config.image_size),
+        engine=config.engine,
+        has_averages=config.ema.half_life_samples > 0,
+        num_ranks=num_ranks,
+        num_rows=config.batch_size // num_ranks,
+        is_on_cpu=is_on_cpu,
     )
 
 

@@ -1,0 +1,174 @@
+"""The forecast of stage 1's memory: two networks with an optimizer each, and a perceptual one that is frozen.
+
+    autoencoder      its pass goes through the perceptual network and the discriminator, both frozen
+    discriminator    its pass comes after, while the autoencoder's gradients still lie beside its weights
+
+Letters: b batch, c latent channel, h latent row, w latent column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.codebook import codebook_loss
+from ldm.autoencoder.model import Autoencoder, AutoencoderConfig, Reconstruction
+from ldm.autoencoder.regularizer import Regularizer
+from ldm.losses.autoencoder import adaptive_weight, discriminator_loss, generator_loss, gradient_penalty, pixel_loss
+from ldm.losses.discriminator import Discriminator
+from ldm.losses.perceptual import perceptual_distance
+from ldm.training.activations import Pass, traced
+from ldm.training.memory import FP32, MOMENTS, Memory
+from ldm.training.reconstruction_config import ReconstructionConfig
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reconstructing:
+    """A stage-1 training, as far as its memory goes.
+
+    Attributes:
+        autoencoder: the network.
+        loss: its terms.
+        side: of the images.
+        has_averages: whether moving averages are kept.
+        is_bf16: whether the passes compute in bfloat16.
+        num_ranks: ranks that train together.
+        num_rows: rows of a batch on one rank.
+    """
+
+    autoencoder: AutoencoderConfig
+    loss: ReconstructionConfig
+    side: int
+    has_averages: bool
+    is_bf16: bool
+    num_ranks: int
+    num_rows: int
+
+
+class _Judged(nn.Module):
+    """The autoencoder with what judges its reconstructions, which is frozen."""
+
+    def __init__(self, network: Autoencoder, perceptual: nn.Module, judge: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.perceptual = perceptual.requires_grad_(False)
+        self.judge = judge.requires_grad_(False)
+
+    def forward(self, images: Tensor, noise: Tensor | None, loss: ReconstructionConfig) -> Tensor:
+        made: Reconstruction = self.network(images, noise)
+        shown = loss.perceptual_rows or len(images)
+        reconstruction = pixel_loss(loss.pixel_loss, images, made.image)
+        if loss.perceptual_weight:
+            reconstruction = reconstruction + self.perceptual(images[:shown], made.image[:shown]).mean()
+        whole = reconstruction
+        if made.kl is not None:
+            whole = whole + made.kl.mean()
+        if made.quantized is not None:
+            whole = whole + codebook_loss(loss.codebook, made.quantized)
+        if not loss.adversarial_weight:
+            return whole
+        judged = generator_loss(self.judge(made.image))
+        return whole + adaptive_weight(reconstruction, judged, self.network.last_layer) * judged
+
+
+@lru_cache(maxsize=16)
+def autoencoder_pass(training: Reconstructing) -> Pass:
+    """Return what the autoencoder's forward and backward take."""
+    perceptual = perceptual_distance(training.loss.perceptual)
+
+    def build() -> nn.Module:
+        # Channels last, as it is trained: copies to another layout are a part of what is alive.
+        network = Autoencoder(training.autoencoder)
+        return _Judged(network, perceptual, _discriminator(training))
+
+    def loss(judged: nn.Module) -> Tensor:
+        images = _images(training).contiguous(memory_format=torch.channels_last)
+        config = training.autoencoder
+        noise = torch.empty(training.num_rows, config.latent_channels, *(training.side // config.factor,) * 2)
+        value: Tensor = judged(images, None if config.regularizer is Regularizer.VQ else noise, training.loss)
+        return value
+
+    return traced(build, loss, weights=torch.float32, autocast=_autocast(training))
+
+
+@lru_cache(maxsize=16)
+def discriminator_pass(training: Reconstructing) -> Pass:
+    """Return what the discriminator's forward and backward take."""
+
+    def loss(judge: nn.Module) -> Tensor:
+        config = training.loss
+        images = _images(training).requires_grad_(config.r1_weight > 0)
+        real, fake = judge(images, _images(training)).chunk(2)
+        value = discriminator_loss(config.adversarial_loss, real, fake)
+        return value + gradient_penalty(real, images) if config.r1_weight else value
+
+    return traced(lambda: _discriminator(training), loss, weights=torch.float32, autocast=_autocast(training))
+
+
+def needed(training: Reconstructing) -> Memory:
+    """Return what a rank holds at the moment of a step when that is most."""
+    passed = autoencoder_pass(training)
+    is_adversarial = training.loss.adversarial_weight > 0
+    judging = discriminator_pass(training)
+    own, other = passed.num_weights * FP32, judging.num_weights * FP32
+    moved = passed.num_weights + (judging.num_weights if is_adversarial else 0)
+    always = {
+        "weights": own + passed.frozen_bytes,  # the discriminator is among the frozen ones
+        "optimizer": moved * MOMENTS,
+        "averages": (own + other) * training.has_averages,
+        "buffers": own + other if training.num_ranks > 1 else 0,
+    }
+    left = other if is_adversarial else 0
+    first = passed.peak_with_gradients_bytes - passed.peak_bytes
+    moments = [
+        Memory(moment="autoencoder", gradients=first + left, activations=passed.peak_bytes, **always),
+        Memory(moment="update", gradients=own + left, **always),
+    ]
+    if is_adversarial:
+        second = judging.peak_with_gradients_bytes - judging.peak_bytes
+        moments.append(Memory(moment="discriminator", gradients=own + second, activations=judging.peak_bytes, **always))
+    return max(moments, key=lambda memory: memory.total)
+
+
+def described(training: Reconstructing, there: int) -> str:
+    """Return the forecast as lines of a description.
+
+    Args:
+        training: what is forecast.
+        there: bytes that a rank has, as far as this machine tells.
+    """
+    memory = needed(training)
+    names = ("weights", "gradients", "optimizer", "averages", "buffers", "activations")
+    parts = ", ".join(f"{name} {getattr(memory, name) / GIGA:.2f}" for name in names)
+    return (
+        f"memory    {memory.device / GIGA:.2f} GB of a rank at the fullest moment of a step ({memory.moment}):\n"
+        f"          {parts}\n"
+        f"there     {there / GIGA:.2f} GB a rank, free on this machine now"
+    )
+
+
+def advice(training: Reconstructing) -> tuple[str, ...]:
+    """Return what would need less, in the order in which to try it."""
+    ways = [] if training.is_bf16 else ["--engine.precision bf16, where the hardware has it"]
+    if training.num_rows > 1:
+        ways += ["more workers, or a smaller --batch-size: it is divided among them, and rows are most of it"]
+    if training.loss.perceptual_weight and training.loss.perceptual_rows != 1:
+        ways += ["fewer --loss.perceptual-rows"]
+    return (*ways, "devices with more memory, or a smaller network")
+
+
+def _images(training: Reconstructing) -> Tensor:
+    return torch.empty(training.num_rows, 3, training.side, training.side)
+
+
+def _discriminator(training: Reconstructing) -> Discriminator:
+    return Discriminator(training.loss.discriminator_channels, training.loss.discriminator_layers)
+
+
+def _autocast(training: Reconstructing) -> torch.dtype | None:
+    return torch.bfloat16 if training.is_bf16 else None
