@@ -19,19 +19,19 @@ multiprocessing.set_forkserver_preload(["ldm.training.deepspeed_engine", "jobs.w
 
 def run_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Run `function(world, *arguments)` in `size` processes and raise if one of them fails."""
-    start_processes(_enter, (size, free_port(), function, arguments), nprocs=size, start_method="forkserver")
+    start_processes(_enter, (_group(size), function, arguments), nprocs=size, start_method="forkserver")
 
 
 def run_fresh_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Run `function(world, *arguments)` in `size` processes that inherit nothing but the environment."""
-    start_processes(_enter, (size, free_port(), function, arguments), nprocs=size, start_method="spawn")
+    start_processes(_enter, (_group(size), function, arguments), nprocs=size, start_method="spawn")
 
 
 def exit_codes(size: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
     """Run `function(world, *arguments)` in `size` processes, none of which is ended for another, and see their ends."""
-    port = free_port()
+    group = _group(size)
     server = multiprocessing.get_context("forkserver")
-    ranks = [server.Process(target=_enter, args=(rank, size, port, function, arguments)) for rank in range(size)]
+    ranks = [server.Process(target=_enter, args=(rank, group, function, arguments)) for rank in range(size)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -51,9 +51,14 @@ def alone() -> World:
     return World(rank=0, size=1, device=torch.device("cpu"))
 
 
-def _enter(rank: int, size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    group = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in group.items()})
+def _group(size: int) -> dict[str, str]:
+    """Return the environment of the ranks: this process's as it is now, since theirs is as old as their server."""
+    return {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def _enter(rank: int, group: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update({**group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.set_num_threads(1)
-    with process_group(rank, size, torch.device("cpu")) as world:
+    with process_group(rank, int(group["WORLD_SIZE"]), torch.device("cpu")) as world:
         function(world, *arguments)

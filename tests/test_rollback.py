@@ -187,6 +187,7 @@ def go_on_and_compare(world: World, folder: Path) -> None:
         same(unbroken.state(folder / "left"), again.state(folder / "right"))
 
 
+@pytest.mark.slow  # the one before stops in the same place, without a kill
 def test_a_process_killed_right_after_a_rollback_loses_nothing_of_it(tmp_path: Path) -> None:
     assert exit_codes(2, roll_back_and_die, tmp_path) == [-signal.SIGKILL] * 2
     run_ranks(2, go_on_and_compare, tmp_path)

@@ -84,6 +84,7 @@ def test_both_ranks_end_when_one_gets_no_data_naming_it_and_may_be_started_again
     assert (tmp_path / "run" / "latest").read_text() == f"{TOTAL:012d}"
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_whole_is_named_by_the_other(tmp_path: Path) -> None:
     def end_the_stopped() -> None:
         while 0 not in reports(tmp_path):
