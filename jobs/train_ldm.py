@@ -49,7 +49,8 @@ def main() -> None:
                 f"{config.model_folder}"
             )
     if is_main_process() and (registered := register_model(config)):
-        print(f'registered {registered.uri}: mlflow.pyfunc.load_model("{registered.uri}").predict(["a red heart"])')
+        print(f"registered {registered.uri} at {config.tracking.uri}; in Python, after mlflow.set_tracking_uri(that):")
+        print(f'           mlflow.pyfunc.load_model("{registered.uri}").predict(["a red heart"])')
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ WEB = ("http://", "https://")
 OBJECT_STORES = ("s3://", "s3a://")
 
 
+PLACE_ERRORS = (OSError, ClientError, BotoCoreError)
+"""What a place raises that can't be read or written; a store's own errors are no OSErrors."""
+
+
 class TransferError(OSError):
     """A place did not answer, or broke off in the middle of a file."""
 
@@ -102,7 +106,7 @@ def read_chunks(path: str) -> Iterator[bytes]:
                 yield chunk
     except (FileNotFoundError, PermissionError):
         raise
-    except (OSError, ClientError, BotoCoreError) as error:
+    except PLACE_ERRORS as error:
         raise TransferError(f"{path} did not come: {type(error).__name__} {error}") from error
 
 
@@ -268,6 +272,16 @@ def download(source: str, target: Path, sha256: str) -> bool:
         if digest.hexdigest() == sha256:
             return True
     return False
+
+
+def synchronise(folder: Path) -> None:
+    """Wait until all files of a local folder are on its disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_file(path: str) -> None:

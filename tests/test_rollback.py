@@ -90,13 +90,16 @@ def test_what_follows_a_rollback_is_a_run_from_these_weights_at_that_clock(tmp_p
     same(task.state(tmp_path / "left"), again.state(tmp_path / "right"))
 
 
-def test_a_checkpoint_that_holds_the_lost_weights_is_passed_by_at_the_second_rollback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_every", [0, 16])
+def test_a_checkpoint_that_holds_the_lost_weights_is_passed_by_at_the_second_rollback(
+    tmp_path: Path, keep_every: int
+) -> None:
     notes, folder = Notes(), tmp_path / "run"
     task = SmallTask(small_engine(alone(), tmp_path), poisoned={24})  # saved at 32, before a loss shows it
-    state = small_training(task, alone(), folder, report=notes, **ROLLBACK)
+    state = small_training(task, alone(), folder, report=notes, **ROLLBACK, keep_every=keep_every)
     assert state.passed_over == [[32, 56], [16, 80]]
     assert all(value.isfinite().all() for value in task.state(tmp_path / "end").values())
-    assert names(folder) == [TOTAL - 16, TOTAL]
+    assert keep_every or names(folder) == [TOTAL - 16, TOTAL]
 
 
 def test_the_new_checkpoint_takes_the_place_of_the_latest_so_that_an_older_one_stays(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from jobs.wiring.machine import free_host_bytes
-from ldm.training.checked_task import Attempt, CheckedTask, begin
+from ldm.training.checked_task import Attempt, CheckedTask, PassingFaultError, begin
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.loop import Progress, Surroundings, train
 from ldm.training.memory import Memory
@@ -57,6 +57,7 @@ def attempt_of(world: World, folder: Path, report: Callable[[Progress], None]) -
         world=world,
         facts={"configuration": "one"},
         root=str(folder),
+        goes_on=False,
         look=partial(plenty, world),
         needs=lambda: Memory(weights=GB // 4, activations=GB // 4),
         advice=tuple,
@@ -220,6 +221,17 @@ def test_memory_that_a_killed_process_gives_back_late_is_waited_for() -> None:
     left = iter([GB, 5 * GB])
     look = lambda: Machine(name="", device="cpu", free_device_bytes=(free := next(left)), free_host_bytes=free)  # noqa: E731
     assert check_memory(alone(), Memory(weights=2 * GB), look, tuple, 0)[0] == "2.0 of 5.0 GB forecast a rank"
+
+
+def test_what_was_well_before_is_no_refusal_but_a_fault_that_may_pass(tmp_path: Path) -> None:
+    """Ray Train starts workers again after the one, and never after the other."""
+    (tmp_path / "a-file").write_text("")
+    first = attempt_of(alone(), tmp_path / "a-file" / "root", lambda _: None)
+    with pytest.raises(ValueError, match="can't write there"):
+        begin(first)
+    with pytest.raises(PassingFaultError, match="can't write there"):
+        begin(replace(first, goes_on=True))
+    assert not issubclass(PassingFaultError, ValueError)
 
 
 def test_device_and_host_are_asked_for_their_own_shares() -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.wiring.train_ldm import check_inputs, is_done
+from jobs.wiring.train_ldm import check_inputs, checkpoint_store, is_done
 from ldm.interop.weights import load_weights
 from ldm.text_to_image import load_text_to_image
 from ldm.training.checkpoint import KEEP_FILE
 from ldm.training.local_launch import Outcome
 from ldm.training.state import is_due
 from pipeline.store.manifest import load_manifest
+from tests.ranks import alone
 from tests.tiny_latents import write_autoencoder, write_latents
 from tests.tiny_training import WEIGHTS, longer, run, same_weights, series, stopping_after, tiny_config
 
@@ -75,6 +76,25 @@ def test_a_damaged_checkpoint_is_not_used_and_the_one_before_gives_the_same_end(
     run(config)
     assert "is not the file that was saved" in caplog.text
     assert same_weights(folder, "unbroken", "damaged")
+
+
+@pytest.mark.parametrize("written", [b"", bytes(300), b'{"state": {}}'])
+def test_a_state_that_a_power_loss_left_half_written_is_not_used(
+    folder: Path, unbroken: Outcome, written: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(folder, f"half-{len(written)}")
+    stopping_after(config, 5)
+    checkpoints = folder / f"half-{len(written)}" / "checkpoints"
+    newest = sorted(checkpoints.glob("0*"))[-1] / "state.json"
+    newest.write_bytes(written)
+    store = checkpoint_store(config, load_manifest(config.latents), alone())
+    store.check_identity()
+    latest = store.latest_state()
+    assert latest is not None
+    assert latest.samples_seen == 32
+    run(config)
+    assert "its state.json can't be read" in caplog.text
+    assert same_weights(folder, "unbroken", f"half-{len(written)}")
 
 
 def test_the_last_checkpoints_stay_and_older_ones_go(folder: Path, unbroken: Outcome) -> None:

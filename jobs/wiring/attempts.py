@@ -122,7 +122,10 @@ class AttemptKeeper:
 
     def _keep(self, attempt: Attempt) -> None:
         self._attempt = attempt
-        keep_attempt(self._record, attempt)
+        try:
+            keep_attempt(self._record, attempt)
+        except OSError as error:  # a record must not end a training, nor hide why one ended
+            logger.warning("the attempt can't be kept in %s: %s", self._record, error)
 
     def _send(self, *, is_whole_page: bool = False) -> None:
         if not self._run_id:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from jobs.wiring.machine import code_facts, look_around
+from ldm import storage
 from ldm.config import Config
 from ldm.training.checked_task import Attempt, CheckedTask, begin
 from ldm.training.loop import Progress
@@ -72,6 +73,7 @@ def begin_self_tests(
         world=world,
         facts={"configuration": config.digest(), "data": data.digest, **code_facts()},
         root=root,
+        goes_on=world.gather(bool(storage.list_names(storage.join(root, "checkpoints"))))[0],
         look=partial(look_around, world),
         needs=forecast.needed,
         advice=forecast.advice,

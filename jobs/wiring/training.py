@@ -66,6 +66,8 @@ def run_training(
         begun = read_attempts(config.record)  # a run that can be made only now is still the one that began then
         tags = begun[0].tags if begun else made_with.tags
         run_id = _open_run(config, title, {**tags, **({"repeats": repeats} if repeats else {})})
+        if run_id:
+            print(f"MLflow    run {run_id} at {config.tracking.uri}: --from-run repeats it")
         keeper = AttemptKeeper(config.record, made_with, config.tracking.uri, run_id)
     with keeper or nullcontext(ignore) as watch:
         outcome = launch(partial(introduced, worker=worker, run_id=run_id), config, config.launch, title, watch=watch)

@@ -47,6 +47,7 @@ class Attempt:
         world: the group of processes.
         facts: what must be the same on all ranks, by name.
         root: folder or URL of the run.
+        goes_on: whether there is a checkpoint to go on from: what was well before may be well again.
         look: returns what is free on this rank's machine.
         needs: returns the forecast of a rank's memory, which only the main process asks for.
         advice: returns what would need less, the first that helps first; asked for only where memory is short.
@@ -57,6 +58,7 @@ class Attempt:
     world: World
     facts: Mapping[str, str]
     root: str
+    goes_on: bool
     look: Callable[[], Machine]
     needs: Callable[[], Memory]
     advice: Callable[[], Sequence[str]]
@@ -64,19 +66,29 @@ class Attempt:
     clock: Callable[[], float]
 
 
+class PassingFaultError(RuntimeError):
+    """What a test would refuse for good if the run had not begun: started again, it may be well."""
+
+
 def begin(attempt: Attempt) -> Findings:
     """Run the tests that need no network; to be called before one is built, which takes memory.
 
     Raises:
         ValueError: for what a test refuses, on all ranks.
+        PassingFaultError: in place of it where storage or memory was well at an attempt before.
     """
     world, started = attempt.world, attempt.clock()
     check_same(world, attempt.facts)
-    check_storage(world, attempt.root, attempt.look().name)
     findings = Findings(num_ranks=world.size, all_reduce_gb_per_second=check_exchange(world, attempt.clock))
     needed = world.gather(attempt.needs() if world.is_main else None)[0]
     assert needed is not None
-    findings.memory, warning = check_memory(world, needed, attempt.look, attempt.advice)
+    try:
+        check_storage(world, attempt.root, attempt.look().name)
+        findings.memory, warning = check_memory(world, needed, attempt.look, attempt.advice)
+    except ValueError as error:
+        if not attempt.goes_on:
+            raise
+        raise PassingFaultError(str(error)) from error
     if warning:
         attempt.report(Progress(done=0, total=0, notice=warning))
     findings.seconds = attempt.clock() - started

@@ -114,7 +114,7 @@ class CheckpointStore:
 
     def _refuse_full_disk(self) -> None:
         """Say what to do while the last checkpoint is still whole; the next one is as large as it was."""
-        last = self.names()[-1:]
+        last = self._world.gather(self.names()[-1:])[0]  # a rank may see another listing for a moment
         free = storage.free_bytes(self.root) if last and self._world.is_main else None
         needed = storage.folder_bytes(storage.join(self.root, last[0])) if free is not None else 0
         if self._world.any(free is not None and free < needed):
@@ -175,8 +175,8 @@ class CheckpointStore:
         """Return where the run stands by its latest checkpoint, without loading weights."""
         for name in reversed(self.names()):
             path = storage.join(self.root, name, STATE_FILE)
-            if storage.exists(path):
-                return TrainState(**json.loads(storage.read_text(path))["state"])
+            if storage.exists(path) and (content := _content(storage.read_bytes(path))):
+                return TrainState(**content["state"])
         return None
 
     def check_identity(self) -> None:
@@ -187,8 +187,8 @@ class CheckpointStore:
         """
         for name in self.names()[-1:]:
             path = storage.join(self.root, name, STATE_FILE)
-            if storage.exists(path):
-                self._refuse_another_run(json.loads(storage.read_text(path))["identity"], name)
+            if storage.exists(path) and (content := _content(storage.read_bytes(path))):
+                self._refuse_another_run(content["identity"], name)
 
     def _own_digests(self, folder: Path) -> dict[str, str]:
         """Digests of what lies in my folder; on a shared folder only the main process reads them."""
@@ -200,7 +200,9 @@ class CheckpointStore:
     def _problem_of(self, folder: Path) -> str:
         if not (folder / STATE_FILE).is_file():
             return "it has no state.json"
-        for path, digest in json.loads((folder / STATE_FILE).read_text())["files"].items():
+        if not (content := _content((folder / STATE_FILE).read_bytes())):
+            return "its state.json can't be read"
+        for path, digest in content["files"].items():
             if not (folder / path).is_file():
                 return f"{path} is missing"
             if storage.sha256_of(str(folder / path)) != digest:
@@ -229,6 +231,7 @@ class CheckpointStore:
             self._world.barrier()
             yield folder
             if self._world.is_main:
+                storage.synchronise(folder)  # or the name may outlive a power loss that its files do not
                 shutil.rmtree(Path(self.root) / name, ignore_errors=True)
                 folder.rename(Path(self.root) / name)
             return
@@ -253,9 +256,11 @@ class CheckpointStore:
         source = storage.join(self.root, name)
         if not storage.exists(storage.join(source, STATE_FILE)):
             return "it has no state.json"
-        text = storage.read_text(storage.join(source, STATE_FILE))
-        (folder / STATE_FILE).write_text(text)
-        for path, digest in json.loads(text)["files"].items():
+        text = storage.read_bytes(storage.join(source, STATE_FILE))
+        (folder / STATE_FILE).write_bytes(text)
+        if not (content := _content(text)):
+            return "its state.json can't be read"
+        for path, digest in content["files"].items():
             if not storage.exists(storage.join(source, path)):
                 return f"{path} is missing"
             if not storage.download(storage.join(source, path), folder / path, digest):
@@ -271,6 +276,16 @@ class CheckpointStore:
 def _save_parts(engines: Mapping[str, Resumable], folder: Path) -> None:
     for part, engine in engines.items():
         engine.save(folder / part)
+
+
+def _content(text: bytes) -> dict[str, Any]:
+    """Return what a state.json says; nothing if it was not written whole."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    is_whole = isinstance(content, dict) and {"state", "identity", "files"} <= set(content)
+    return content if is_whole else {}
 
 
 def _differences(where: str, saved: Any, now: Any) -> list[str]:

@@ -152,6 +152,8 @@ class DeepSpeedEngine:
             config=settings,
             dist_init_required=not torch.distributed.is_initialized(),
         )
+        if config.precision is Precision.FP16:  # the loop ends a run of lost steps, and says which rows they were
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self._weights: dict[str, Any] = dict(module.named_parameters())
         averaged = dict(self._weights) if self._stage == 0 else {str(i): f for i, f in enumerate(self._flats())}
         self._ema = Ema(averaged, ema) if ema.half_life_samples else None

@@ -56,8 +56,9 @@ class LoopConfig(Config):
     """How often in a run so many lost steps lead back to the weights of the latest checkpoint instead, and on behind
     the rows since then, whose keys are saved too; 0 ends the run the first time."""
     hang_minutes: float = added_later(30.0)
-    """A process that waits for data, is in a step, a validation or a checkpoint for so long says where all processes
-    are, writes its stacks beside the checkpoints and ends itself, to be started again; 0 lets it wait."""
+    """A process that waits for data or is in a step for so long, or four times as long in a validation, in pictures or
+    in a checkpoint, says where all processes are, writes its stacks beside the checkpoints and ends itself, to be
+    started again; 0 lets it wait."""
 
     def __post_init__(self) -> None:
         for name in ("total_samples", "keep_checkpoints", "max_lost_steps"):

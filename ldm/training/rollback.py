@@ -81,9 +81,10 @@ def roll_back(
     The keys of the rows since then are saved beside the checkpoints, as far as the window has them. All processes call
     it together.
     """
-    latest = int((checkpoints.names() or ["0"])[-1])
-    has_failed = bool(state.passed_over) and state.passed_over[-1][1] == latest
-    restored = checkpoints.restore(engines, before=latest) if has_failed else None
+    latest = int((world.gather(checkpoints.names())[0] or ["0"])[-1])
+    came_from, at = state.passed_over[-1] if state.passed_over else (0, -1)
+    # The weights that the last rollback took were lost again: they go on in its own checkpoint, and may still be there.
+    restored = checkpoints.restore(engines, before=came_from) if at == latest else None
     restored = restored or checkpoints.restore(engines)
     if restored is None:
         return None

@@ -163,8 +163,8 @@ def _problem_of_writing(path: str, content: str) -> str:
     try:
         storage.write_text(path, content)
         found = storage.read_text(path)
-    except OSError as error:
-        return FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"can't write there: {error}"
+    except storage.PLACE_ERRORS as error:
+        return FULL if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else f"can't write there: {error}"
     return "" if found == content else f"reads back {found!r} where it wrote {content!r}"
 
 
@@ -173,7 +173,7 @@ def _problem_of_reading(path: str, content: str) -> str:
         found = storage.read_text(path)
     except FileNotFoundError:
         return "does not see the file that rank 0 wrote"
-    except OSError as error:
+    except storage.PLACE_ERRORS as error:
         return f"can't read the file that rank 0 wrote: {error}"
     return "" if found == content else f"reads {found!r} where rank 0 wrote {content!r}"
 
@@ -181,7 +181,7 @@ def _problem_of_reading(path: str, content: str) -> str:
 def _problem_of_removing(path: str) -> str:
     try:
         storage.remove_file(path)
-    except OSError as error:
+    except storage.PLACE_ERRORS as error:
         return f"can't delete there: {error}"
     return ""
 

@@ -31,6 +31,8 @@ EXIT_HUNG = 75
 """Exit status of a process that its watchdog ended: EX_TEMPFAIL of sysexits.h, a failure that another try may mend."""
 PATIENCE_SECONDS = 30.0
 """How long the last words may take, each."""
+LONG_PHASES = 4
+"""How many times the limit anything but waiting for data and a step may take."""
 TICKS = 20
 """How often a limit's time is looked at."""
 LONGEST_TICK_SECONDS = 5.0
@@ -78,7 +80,7 @@ class Watchdog:
         if not self._limit_seconds:
             return self
         if self._world.size > 1:
-            outlast(self._world, 2 * self._limit_seconds + 10 * PATIENCE_SECONDS)
+            outlast(self._world, 2 * LONG_PHASES * self._limit_seconds + 10 * PATIENCE_SECONDS)
             self._heartbeats = Heartbeats(self._world, self.place, self._tick_seconds)
             self._heartbeats.start()
         self._thread.start()
@@ -101,7 +103,8 @@ class Watchdog:
             passed, looked = min(now - looked, 2 * self._tick_seconds), now
             has_moved, entered = entered is not self._entered, self._entered
             self._idle_seconds = 0.0 if has_moved else self._idle_seconds + passed
-            if self._idle_seconds >= self._limit_seconds:
+            is_long = entered[0] not in (Phase.DATA, Phase.STEP)
+            if self._idle_seconds >= self._limit_seconds * (LONG_PHASES if is_long else 1):
                 self._end()
 
     def _end(self) -> None:
