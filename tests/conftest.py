@@ -40,22 +40,25 @@ STARTS_MANY_PROCESSES = {
     "test_cluster",
     "test_dataset_duplicates",
     "test_dataset_kills",
+    "test_jobs",
+    "test_run",
+    "test_shards_at_once",
+    "test_tracking",
+    "test_worker_deaths",
+}
+"""Modules whose tests take Ray or servers and leave nothing to another of their kind."""
+STARTS_RANKS = {
     "test_elastic_training",
     "test_engine_weights",
     "test_engines",
-    "test_jobs",
     "test_memory_forecast",
     "test_remote_checkpoints",
     "test_rollback",
-    "test_run",
     "test_self_tests",
     "test_stage1_ranks",
-    "test_shards_at_once",
-    "test_tracking",
     "test_watchdog",
-    "test_worker_deaths",
 }
-"""Modules whose tests take Ray or ranks and leave nothing to another of their kind."""
+"""Modules whose tests start a few ranks: long, but they can run beside the others."""
 
 
 class OneAtATime(LoadScopeScheduling):
@@ -75,7 +78,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneAtAT
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest."""
-    items.sort(key=lambda item: item.path.stem not in STARTS_MANY_PROCESSES)
+    items.sort(key=lambda item: (item.path.stem not in STARTS_MANY_PROCESSES, item.path.stem not in STARTS_RANKS))
 
 
 @pytest.fixture(scope="session")
