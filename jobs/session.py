@@ -257,6 +257,8 @@ class TrainingBar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        if time_spent := _time_spent(self._latest):
+            self._console.print(f"{self._title}: {time_spent}", highlight=False, soft_wrap=True)
 
     def __call__(self, progress: TrainProgress) -> None:
         """Show what the training reports."""
@@ -281,6 +283,18 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _time_spent(metrics: dict[str, float]) -> str:
+    """Return where the time of the latest steps went, the most first; empty where nothing measured it."""
+    prefix = "step_share/"
+    shares = {name.removeprefix(prefix): share for name, share in metrics.items() if name.startswith(prefix)}
+    told = [
+        f"{name.replace('_', ' ')} {share:.1%}" for name, share in sorted(shares.items(), key=lambda pair: -pair[1])
+    ]
+    speed = f"; {metrics['tflops_per_second']:.3g} TFLOP/s a worker" if "tflops_per_second" in metrics else ""
+    speed += f", MFU {metrics['mfu']:.1%}" if "mfu" in metrics else ""
+    return f"a step was {', '.join(told)}{speed}" if told else ""
 
 
 def _short(metrics: dict[str, float]) -> str:

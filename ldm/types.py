@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ldm.device import sent
+
 Image = Float[Tensor, "b 3 y x"]
 """Pixels in [-1, 1], channels first, RGB."""
 Latent = Float[Tensor, "b c h w"]
@@ -80,10 +82,8 @@ class Condition:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
         """Return the same condition on `device`, its floats as `dtype` but for sizes: bfloat16 has no 1023."""
-        moved = self._mapped(
-            lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, non_blocking=True)
-        )
-        return moved if self.sizes is None else replace(moved, sizes=self.sizes.to(device, non_blocking=True))
+        moved = self._mapped(lambda tensor: _as(dtype, sent(tensor, device)))
+        return moved if self.sizes is None else replace(moved, sizes=sent(self.sizes, device))
 
     def rows(self, start: int, stop: int) -> Condition:
         """Return rows [start, stop) of the batch."""
@@ -96,6 +96,10 @@ class Condition:
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Condition:
         tensors = {name: getattr(self, name) for name in _TENSORS}
         return Condition(**{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 _TENSORS = tuple(part.name for part in fields(Condition))

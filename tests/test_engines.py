@@ -16,6 +16,7 @@ from ldm.training.ema import EmaConfig
 from ldm.training.engine import Engine, EngineConfig, EngineKind, LocalEngine, Precision
 from ldm.training.engines import build_engine
 from ldm.training.optim import Decay, OptimConfig, learning_rate
+from ldm.training.stopwatch import StepPhase, Timed
 from ldm.training.world import World
 from tests.ranks import alone, run_ranks
 
@@ -130,6 +131,10 @@ def train_and_save(world: World, kinds: list[str], folder: Path) -> None:
     for kind in kinds:
         engine = engine_of(kind, world, folder)
         norms = train_steps(engine, world, range(STEPS))
+        assert isinstance(engine, Timed)
+        phases = engine.stopwatch.take()
+        assert set(phases) == set(StepPhase), f"{kind}: {phases}"
+        assert all(seconds > 0 for seconds in phases.values())
         with engine.averaged():
             averaged_output = engine.wrapped(rows_of_step(0)[0]).detach()
         content = {"norms": norms, "ema": engine.weights(), "averaged_output": averaged_output}

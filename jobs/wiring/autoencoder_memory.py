@@ -8,8 +8,8 @@ Letters: b batch, c latent channel, h latent row, w latent column.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ldm.losses.autoencoder import adaptive_weight, discriminator_loss, generato
 from ldm.losses.discriminator import Discriminator
 from ldm.losses.perceptual import perceptual_distance
 from ldm.training.activations import Pass, traced
+from ldm.training.flops import counted_flops
 from ldm.training.memory import FP32, MOMENTS, Memory
 from ldm.training.reconstruction_config import ReconstructionConfig
 
@@ -79,35 +80,50 @@ class _Judged(nn.Module):
 @lru_cache(maxsize=16)
 def autoencoder_pass(training: Reconstructing) -> Pass:
     """Return what the autoencoder's forward and backward take."""
-    perceptual = perceptual_distance(training.loss.perceptual)
-
-    def build() -> nn.Module:
-        # Channels last, as it is trained: copies to another layout are a part of what is alive.
-        network = Autoencoder(training.autoencoder)
-        return _Judged(network, perceptual, _discriminator(training))
-
-    def loss(judged: nn.Module) -> Tensor:
-        images = _images(training).contiguous(memory_format=torch.channels_last)
-        config = training.autoencoder
-        noise = torch.empty(training.num_rows, config.latent_channels, *(training.side // config.factor,) * 2)
-        value: Tensor = judged(images, None if config.regularizer is Regularizer.VQ else noise, training.loss)
-        return value
-
+    build = partial(_judged, training, perceptual_distance(training.loss.perceptual))
+    loss = partial(_autoencoder_loss, training)
     return traced(build, loss, weights=torch.float32, autocast=_autocast(training))
 
 
 @lru_cache(maxsize=16)
 def discriminator_pass(training: Reconstructing) -> Pass:
     """Return what the discriminator's forward and backward take."""
+    build, loss = partial(_discriminator, training), partial(_discriminator_loss, training)
+    return traced(build, loss, weights=torch.float32, autocast=_autocast(training))
 
-    def loss(judge: nn.Module) -> Tensor:
-        config = training.loss
-        images = _images(training).requires_grad_(config.r1_weight > 0)
-        real, fake = judge(images, _images(training)).chunk(2)
-        value = discriminator_loss(config.adversarial_loss, real, fake)
-        return value + gradient_penalty(real, images) if config.r1_weight else value
 
-    return traced(lambda: _discriminator(training), loss, weights=torch.float32, autocast=_autocast(training))
+@lru_cache(maxsize=16)
+def row_flops(training: Reconstructing, is_adversarial: bool) -> float:
+    """Return the FLOPs of a row's passes in a step, before the discriminator takes part or with it."""
+    loss = replace(training.loss, adversarial_weight=training.loss.adversarial_weight * is_adversarial)
+    counted = replace(training, loss=loss)
+    with torch.random.fork_rng(devices=[]):
+        perceptual = perceptual_distance(loss.perceptual)
+    flops = counted_flops(partial(_judged, counted, perceptual), partial(_autoencoder_loss, counted))
+    if is_adversarial:
+        flops += counted_flops(partial(_discriminator, counted), partial(_discriminator_loss, counted))
+    return flops / training.num_rows
+
+
+def _judged(training: Reconstructing, perceptual: nn.Module) -> nn.Module:
+    return _Judged(Autoencoder(training.autoencoder), perceptual, _discriminator(training))
+
+
+def _autoencoder_loss(training: Reconstructing, judged: nn.Module) -> Tensor:
+    # Channels last, as it is trained: copies to another layout are a part of what is alive.
+    images = _images(training).contiguous(memory_format=torch.channels_last)
+    config = training.autoencoder
+    noise = torch.empty(training.num_rows, config.latent_channels, *(training.side // config.factor,) * 2)
+    value: Tensor = judged(images, None if config.regularizer is Regularizer.VQ else noise, training.loss)
+    return value
+
+
+def _discriminator_loss(training: Reconstructing, judge: nn.Module) -> Tensor:
+    config = training.loss
+    images = _images(training).requires_grad_(config.r1_weight > 0)
+    real, fake = judge(images, _images(training)).chunk(2)
+    value = discriminator_loss(config.adversarial_loss, real, fake)
+    return value + gradient_penalty(real, images) if config.r1_weight else value
 
 
 def needed(training: Reconstructing) -> Memory:

@@ -1,5 +1,7 @@
 """The forecast of a denoiser's memory: its pass traced on data without numbers, under every engine and DeepSpeed file.
 
+So are its FLOPs counted.
+
 Nothing is read of the data but its shapes, and nothing is taken of the memory that it is about.
 """
 
@@ -17,6 +19,7 @@ from ldm.conditioning.conditioner import ConditioningConfig, TextUse
 from ldm.denoiser import build_denoiser
 from ldm.training.activations import Pass, traced
 from ldm.training.engine import EngineConfig, EngineKind, Precision
+from ldm.training.flops import counted_flops
 from ldm.training.memory import Memory, Sharding, Step, forecast, read_sharding
 from ldm.types import Condition
 from ldm.unet.model import UNetConfig
@@ -77,6 +80,12 @@ class Denoising:
         """The sharding that the engine's configuration asks for."""
         return UNSHARDED[0] if self.engine.kind is EngineKind.LOCAL else read_sharding(self.engine.zero_config)
 
+    def row_flops(self, size: tuple[int, int]) -> float:
+        """Return the FLOPs of a row's forward and backward, for a latent of (rows, columns)."""
+        factor = self.told.pixels[0] // self.told.size[0]
+        told = replace(self.told, size=size, pixels=(size[0] * factor, size[1] * factor))
+        return denoiser_flops(self.unet, self.conditioning, told)
+
     def step(self, sharding: Sharding) -> Step:
         """Return what a step is like under a sharding."""
         micro_batches = self.engine.micro_batches(self.num_rows)
@@ -127,20 +136,29 @@ def denoiser_pass(
     autocast: torch.dtype | None,
 ) -> Pass:
     """Return what a micro-batch's forward and backward take."""
-
-    def loss(network: nn.Module) -> Tensor:
-        dtype = next(network.parameters()).dtype
-        noisy = torch.empty(num_rows, unet.out_channels, *told.size, dtype=dtype)
-        condition = _condition(conditioning, told, num_rows, unet.out_channels, dtype)
-        output: Tensor = network(noisy, torch.empty(num_rows), condition)
-        return (output.float() - noisy.float()).square().mean()
-
     return traced(
         lambda: build_denoiser(unet, conditioning),
-        loss,
+        lambda network: _loss(network, unet, conditioning, told, num_rows),
         weights=weights,
         autocast=autocast,
     )
+
+
+@lru_cache(maxsize=256)
+def denoiser_flops(unet: UNetConfig, conditioning: ConditioningConfig, told: Told) -> float:
+    """Return the FLOPs of one row's forward and backward; what checkpointing computes again is not counted."""
+    once = replace(unet, checkpoint_activations=False)
+    return counted_flops(
+        lambda: build_denoiser(once, conditioning), lambda network: _loss(network, once, conditioning, told, 1)
+    )
+
+
+def _loss(network: nn.Module, unet: UNetConfig, conditioning: ConditioningConfig, told: Told, num_rows: int) -> Tensor:
+    dtype = next(network.parameters()).dtype
+    noisy = torch.empty(num_rows, unet.out_channels, *told.size, dtype=dtype)
+    condition = _condition(conditioning, told, num_rows, unet.out_channels, dtype)
+    output: Tensor = network(noisy, torch.empty(num_rows), condition)
+    return (output.float() - noisy.float()).square().mean()
 
 
 def _condition(

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from jobs.wiring.autoencoder_memory import Reconstructing, advice, described, needed
+from jobs.wiring.autoencoder_memory import Reconstructing, advice, described, needed, row_flops
 from jobs.wiring.machine import free_share
 from jobs.wiring.recording import open_record
 from jobs.wiring.self_testing import Forecast, begin_self_tests
@@ -33,6 +33,7 @@ from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import LoopConfig, Progress, Surroundings, train
 from ldm.training.optim import OptimConfig
 from ldm.training.reconstruction_config import ReconstructionConfig
+from ldm.training.speed import peak_flops
 from ldm.training.state import TrainState
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
@@ -168,11 +169,12 @@ def train_autoencoder_worker(
     """Train in one process of the group; the main one records into the MLflow run and publishes the autoencoder."""
     manifest = load_manifest(config.dataset)
     tests = None
+    training = _reconstructing(config, manifest, world.size)
     if config.self_tests:
-        training = _reconstructing(config, manifest, world.size)
         forecast = Forecast(needed=partial(needed, training), advice=partial(advice, training))
         tests = begin_self_tests(config, config.root, manifest, forecast, world, report)
     task = build_task(config, world, ImageLoader(manifest, config.loader(Split.VALIDATION), 0, 1), report)
+    task.row_flops = partial(row_flops, training)
     around = Surroundings(
         world=world,
         batch_size=config.batch_size,
@@ -180,6 +182,7 @@ def train_autoencoder_worker(
         tracker=open_record(config.record, config.tracking.uri, run_id, world, report),
         report=report,
         should_stop=should_stop,
+        peak_flops=peak_flops(world.device, config.engine),
     )
     loader = ImageLoader(manifest, config.loader(Split.TRAIN), world.rank, world.size)
     networks = {"autoencoder": task.autoencoder.raw, "discriminator": task.adversary.engine.raw}

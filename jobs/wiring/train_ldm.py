@@ -41,6 +41,7 @@ from ldm.training.engines import build_engine
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import LoopConfig, Progress, Surroundings, train
 from ldm.training.optim import OptimConfig
+from ldm.training.speed import peak_flops
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
 from ldm.types import Condition, Image
@@ -193,8 +194,8 @@ def train_ldm_worker(
     """Train in one process of the group; the main one records into the MLflow run and publishes the finished model."""
     manifest = load_manifest(config.latents)
     tests = None
+    training = _denoising(config, manifest, world.size, is_on_cpu=world.device.type == "cpu")
     if config.self_tests:
-        training = _denoising(config, manifest, world.size, is_on_cpu=world.device.type == "cpu")
         forecast = Forecast(needed=partial(needed, training), advice=partial(advice, training))
         tests = begin_self_tests(config, config.root, manifest, forecast, world, report)
     read_tokens = token_reader(manifest, config.text, config.conditioning.text, world.device)
@@ -215,6 +216,7 @@ def train_ldm_worker(
         total_samples=config.loop.total_samples,
         seed=config.seed,
         preview=_preview(config, engine, manifest, world, held_out),
+        row_flops=training.row_flops,
     )
     around = Surroundings(
         world=world,
@@ -223,6 +225,7 @@ def train_ldm_worker(
         tracker=open_record(config.record, config.tracking.uri, run_id, world, report),
         report=report,
         should_stop=should_stop,
+        peak_flops=peak_flops(world.device, config.engine),
     )
     checked = task if tests is None else tests.around(task, {"unet": engine.raw}, around.tracker)
     state = train(checked, loader, config.loop, around)

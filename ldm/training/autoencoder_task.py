@@ -36,6 +36,10 @@ from ldm.training.world import World
 from ldm.types import Image, Latent, SampleIndex
 
 
+def _unknown_flops(_: bool) -> float:
+    return 0.0
+
+
 @dataclass(kw_only=True)
 class AutoencoderTask:
     """Trains an autoencoder and its discriminator in turns.
@@ -51,6 +55,7 @@ class AutoencoderTask:
         world: the group of processes.
         total_samples: length of the run, for the learning rate.
         seed: of all draws.
+        row_flops: whether it is against the discriminator → FLOPs of a row's passes in a step.
     """
 
     autoencoder: Engine
@@ -63,6 +68,7 @@ class AutoencoderTask:
     world: World
     total_samples: int
     seed: int
+    row_flops: Callable[[bool], float] = _unknown_flops
 
     @property
     def engines(self) -> Mapping[str, Resumable]:
@@ -85,7 +91,7 @@ class AutoencoderTask:
         lr = learning_rate(self.optim, samples_seen, self.total_samples)
         clock = (samples_seen + num_samples, num_samples)
         terms: Terms = {"learning_rate": lr}
-        is_adversarial = self.config.adversarial_weight > 0 and samples_seen >= self.config.adversarial_start
+        is_adversarial = self._is_adversarial(samples_seen)
         passed: list[Reconstruction] = []
         loss = partial(self._loss, images, batch.samples, terms, passed, is_adversarial=is_adversarial)
         memory = self._memory(is_adversarial=is_adversarial)
@@ -99,6 +105,10 @@ class AutoencoderTask:
             self._move_codes(self.codebook, passed[0], batch.samples - samples_seen, clock, terms)
         restore_where(is_lost, memory, before)
         return terms
+
+    def flops(self, batch: ImageRows, samples_seen: int) -> float:
+        """Return the FLOPs of a step; see `Task.flops`."""
+        return len(batch.images) * self.row_flops(self._is_adversarial(samples_seen))
 
     def validate(self) -> dict[str, float]:
         """Return the scores of held-out reconstructions with the averaged weights."""
@@ -134,6 +144,9 @@ class AutoencoderTask:
             largest = max_adaptive_weight(network.config.regularizer, images[0].numel())
             loss = loss + self.adversary.term(reconstruction, made.image, network.last_layer, terms, largest)
         return loss
+
+    def _is_adversarial(self, samples_seen: int) -> bool:
+        return self.config.adversarial_weight > 0 and samples_seen >= self.config.adversarial_start
 
     def _noise(self, images: Image, samples: SampleIndex) -> Latent | None:
         config = self._raw_autoencoder().config

@@ -142,6 +142,10 @@ class CheckedTask(Generic[BatchT]):
             self._tell(samples_seen, has_equal_weights=bool(after))
         return metrics
 
+    def flops(self, batch: BatchT, samples_seen: int) -> float:
+        """Return the FLOPs of a step; see `Task.flops`."""
+        return self.task.flops(batch, samples_seen)
+
     def validate(self) -> dict[str, float]:
         """Measure on held-out rows; see `Task.validate`."""
         return self.task.validate()

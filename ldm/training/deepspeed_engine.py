@@ -47,6 +47,7 @@ from ldm.training.fragments import (
     whole_fragments,
 )
 from ldm.training.optim import OptimConfig, build_optimizer, leave_out, set_learning_rate
+from ldm.training.stopwatch import StepPhase, Stopwatch
 from ldm.training.world import World
 
 OURS = {
@@ -59,6 +60,20 @@ OURS = {
     "fp16": "engine.precision",
     "bf16": "engine.precision",
 }
+
+COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "broadcast",
+    "all_to_all_single",
+)
+"""What DeepSpeed's backend exchanges in an update."""
 
 # This op serves only inference_all_reduce; building it needs a compiler and costs minutes at the first run.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -118,6 +133,14 @@ def _stage_of(settings: dict[str, Any]) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
+def _time_collectives(watch: Stopwatch) -> None:
+    """Have the backend, which all engines of a process share, tell this one's stopwatch what it waits for."""
+    backend = deepspeed.comm.comm.cdb
+    for name in COLLECTIVES:
+        collective = getattr(type(backend), name).__get__(backend)
+        setattr(backend, name, watch.around(collective, StepPhase.COMMUNICATION))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Slice:
     """What a process holds of a weight: `numel` elements from `start` on, at `offset` of a flat tensor."""
@@ -157,23 +180,32 @@ class DeepSpeedEngine:
         self._weights: dict[str, Any] = dict(module.named_parameters())
         averaged = dict(self._weights) if self._stage == 0 else {str(i): f for i, f in enumerate(self._flats())}
         self._ema = Ema(averaged, ema) if ema.half_life_samples else None
+        self.stopwatch = Stopwatch(world.device)
+        _time_collectives(self.stopwatch)
         self.wrapped: Callable[..., Any] = self._engine
 
     def update(self, micro_losses: Sequence[Callable[[], Tensor]], lr: float, samples: tuple[int, int]) -> Tensor:
         """Make one step; see `Engine.update`. DeepSpeed itself divides by the number of micro-batches."""
+        watch = self.stopwatch
+        watch.begin()
         set_learning_rate(self._engine.optimizer, lr)
         norm = torch.zeros(())
         for micro_loss in micro_losses:
+            watch.enter(StepPhase.FORWARD)
             with autocast(self._precision if self._stage == 0 else Precision.FP32, self._world.device):
                 loss = micro_loss()
+            watch.enter(StepPhase.BACKWARD)
             self._engine.backward(loss)
+            watch.enter(StepPhase.OPTIMIZER)
             if self._stage == 0:  # DeepSpeed clips here without telling the norm
                 norm = nn.utils.get_total_norm([p.grad for p in self.raw.parameters() if p.grad is not None])
                 leave_out(self._optimizer, ~norm.isfinite())  # the other stages do so by themselves
             self._engine.step()
+        watch.enter(StepPhase.AVERAGES)
         if self._ema is not None:
             flats = self._weights if self._stage == 0 else {str(i): flat for i, flat in enumerate(self._flats())}
             self._ema.update(flats, *samples)
+        watch.end()
         if self._stage == 0:
             return norm
         # A plain number where the step was left out.

@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ldm.conditioning.rows import RowConditions
 from ldm.config import Config, added_later
+from ldm.device import sent
 from ldm.diffusion.process import Prediction, corrupt
-from ldm.diffusion.schedule import Schedule, ScheduleConfig
+from ldm.diffusion.schedule import Scales, Schedule, ScheduleConfig
 from ldm.diffusion.timesteps import TimestepConfig, TimestepLaw, timesteps
 from ldm.evaluation.denoising import Denoising
 from ldm.latents import LatentSpace
@@ -127,6 +129,28 @@ class HeldOut(Protocol):
         ...
 
 
+class _Drawn(NamedTuple):
+    """What the rows of a micro-batch are trained on.
+
+    Attributes:
+        clean: scaled latents, shape (b, c, h, w).
+        noise: standard normal, shape (b, c, h, w).
+        timestep: shape (b,).
+        at: scales of clean and noise.
+        condition: what the network is told.
+    """
+
+    clean: Latent
+    noise: Latent
+    timestep: Float[Tensor, " b"]
+    at: Scales
+    condition: Condition
+
+
+def _unknown_flops(_: tuple[int, int]) -> float:
+    return 0.0
+
+
 @dataclass(kw_only=True)
 class DiffusionTask:
     """Trains one conditional denoiser.
@@ -142,6 +166,7 @@ class DiffusionTask:
         total_samples: length of the run, for the learning rate.
         seed: of all draws.
         preview: draws sample images with the current weights, or None.
+        row_flops: (rows, columns) of a latent → FLOPs of a row's forward and backward pass.
     """
 
     engine: Engine
@@ -154,6 +179,7 @@ class DiffusionTask:
     total_samples: int
     seed: int
     preview: Callable[[], dict[str, Image]] | None
+    row_flops: Callable[[tuple[int, int]], float] = _unknown_flops
 
     @property
     def engines(self) -> Mapping[str, Engine]:
@@ -174,10 +200,16 @@ class DiffusionTask:
         parts = [batch.rows(start, stop) for start, stop in self.micro_batches(len(batch.keys))]
         losses: list[Tensor] = []
         lr = learning_rate(self.optim, samples_seen, self.total_samples)
+        drawn = [self._drawn(part) for part in parts]
         norm = self.engine.update(
-            [partial(self._micro_loss, part, losses) for part in parts], lr, (samples_seen + num_samples, num_samples)
+            [partial(self._micro_loss, part, losses) for part in drawn], lr, (samples_seen + num_samples, num_samples)
         )
         return {"loss": torch.stack(losses).mean(), "grad_norm": norm, "learning_rate": lr}
+
+    def flops(self, batch: LatentBatch, samples_seen: int) -> float:
+        """Return the FLOPs of a step; see `Task.flops`."""
+        height, width = batch.moments.shape[-2:]
+        return len(batch.keys) * self.row_flops((height, width))
 
     def validate(self) -> dict[str, float]:
         """Return the denoising loss on held-out rows with the averaged weights: of all timesteps, and by band."""
@@ -217,20 +249,27 @@ class DiffusionTask:
         with self.engine.averaged(), torch.no_grad():
             return self.preview()
 
-    def _micro_loss(self, batch: LatentBatch, losses: list[Tensor]) -> Tensor:
-        device = self.world.device
+    def _drawn(self, batch: LatentBatch) -> _Drawn:
+        """Return what a micro-batch's rows are trained on, on the CPU."""
         rows = batch.samples.tolist()
         shape = (self.space.num_channels, *batch.moments.shape[-2:])
-        noise = training_noise(self.seed, rows, shape, self.objective.offset_noise).to(device)
-        posterior_noise = None
-        if self.space.kind.has_log_variance:
-            posterior_noise = normal(self.seed, Draw.POSTERIOR, rows, shape).to(device)
-        timestep = timesteps(self.objective.timesteps, self._schedule, self.seed, rows).to(device)
-        on_device = self._on_device(batch, self.conditions.drawn(batch))
-        clean = self.space.scaled(on_device.moments, posterior_noise)
-        at = self._schedule.scales(timestep)
+        has_posterior = self.space.kind.has_log_variance
+        posterior_noise = normal(self.seed, Draw.POSTERIOR, rows, shape) if has_posterior else None
+        timestep = timesteps(self.objective.timesteps, self._schedule, self.seed, rows)
+        return _Drawn(
+            clean=self.space.scaled(batch.moments.float(), posterior_noise),
+            noise=training_noise(self.seed, rows, shape, self.objective.offset_noise),
+            timestep=timestep,
+            at=self._schedule.scales(timestep),
+            condition=self.conditions.drawn(batch),
+        )
+
+    def _micro_loss(self, drawn: _Drawn, losses: list[Tensor]) -> Tensor:
+        device = self.world.device
+        clean, noise, timestep = (sent(part, device) for part in (drawn.clean, drawn.noise, drawn.timestep))
+        at = Scales(sent(drawn.at.alpha, device), sent(drawn.at.sigma, device))
         noisy = corrupt(clean, noise, at)
-        output = self._network(noisy, timestep, on_device.condition).float()
+        output = self._network(noisy, timestep, drawn.condition.to(device, torch.float32)).float()
         objective = self.objective
         loss = per_sample_loss(
             objective.prediction, output, clean, noise, at, objective.weighting, objective.norm, objective.gamma
@@ -247,7 +286,7 @@ class DiffusionTask:
         return LatentBatch(
             keys=batch.keys,
             samples=batch.samples,
-            moments=batch.moments.to(device, torch.float32, non_blocking=True),
+            moments=sent(batch.moments, device).float(),
             condition=condition.to(device, torch.float32),
         )
 

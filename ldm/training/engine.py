@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.config import Config, added_later
 from ldm.training.ema import Ema, EmaConfig, swapped_in
 from ldm.training.fragments import begin_moments, load_fragments, save_fragments, shapes_of, whole_fragments
 from ldm.training.optim import OptimConfig, build_optimizer, leave_out, set_learning_rate
+from ldm.training.stopwatch import StepPhase, Stopwatch
 from ldm.training.world import World
 
 FIRST_LOSS_SCALE = 2.0**16
@@ -64,6 +67,9 @@ class EngineConfig(Config):
     """Whether torch.compile makes kernels of the network; minutes at the first step, and a C++ compiler on a CPU."""
     micro_batch_size: int = 0
     """Rows of one forward pass on one process; 0 takes the process's whole share of the batch."""
+    peak_tflops: float = added_later(0.0)
+    """TFLOP a second that a worker's device makes at most in this precision, for the MFU; 0 takes the data sheet's for
+    a GPU that is known by name, and tells no MFU for others."""
 
     def micro_batches(self, rows: int) -> list[tuple[int, int]]:
         """Return the (start, stop) of each micro-batch of a process's share of `rows`."""
@@ -126,16 +132,26 @@ class LocalEngine:
         self._scaler = loss_scaler(config.precision, world.device)
         if config.is_compiled:
             self.raw.compile()
-        self.wrapped: Callable[..., Any] = DistributedDataParallel(self.raw) if world.size > 1 else self.raw
+        self.stopwatch = Stopwatch(world.device)
+        self.wrapped: Callable[..., Any] = self.raw
+        if world.size > 1:
+            self.wrapped = DistributedDataParallel(self.raw)
+            # A lambda, for DistributedDataParallel takes no annotations that are text.
+            self.wrapped.register_comm_hook(self.stopwatch, lambda watch, bucket: _reduced(watch, bucket))
 
     def update(self, micro_losses: Sequence[Callable[[], Tensor]], lr: float, samples: tuple[int, int]) -> Tensor:
         """Make one step; see `Engine.update`."""
+        watch = self.stopwatch
+        watch.begin()
         self._optimizer.zero_grad(set_to_none=True)
         for i, micro_loss in enumerate(micro_losses):
+            watch.enter(StepPhase.FORWARD)
             with self._maybe_unsynchronised(is_last=i == len(micro_losses) - 1):
                 with autocast(self._config.precision, self._world.device):
                     loss = micro_loss()
+                watch.enter(StepPhase.BACKWARD)
                 torch.autograd.backward(self._scaler.scale(loss / len(micro_losses)))
+        watch.enter(StepPhase.OPTIMIZER)
         self._scaler.unscale_(self._optimizer)
         bound = self._optim.clip_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(), bound, error_if_nonfinite=False)
@@ -143,8 +159,10 @@ class LocalEngine:
         leave_out(self._optimizer, ~norm.isfinite())
         self._optimizer.step()
         self._scaler.update()
+        watch.enter(StepPhase.AVERAGES)
         if self._ema is not None:
             self._ema.update(dict(self.raw.named_parameters()), *samples)
+        watch.end()
         return norm
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -184,6 +202,16 @@ class LocalEngine:
         if isinstance(self.wrapped, DistributedDataParallel) and not is_last:
             return self.wrapped.no_sync()
         return nullcontext()
+
+
+def _reduced(watch: Stopwatch, bucket: Any) -> torch.futures.Future[Tensor]:
+    """Reduce a bucket of gradients as DistributedDataParallel does by itself; what follows the last one is a wait."""
+    group = dist.group.WORLD
+    assert group is not None
+    reduction = default_hooks.allreduce_hook(group, bucket)
+    if bucket.is_last():
+        watch.enter(StepPhase.COMMUNICATION)
+    return reduction
 
 
 def loss_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:

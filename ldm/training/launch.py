@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from ldm.training.local_launch import LaunchConfig, Outcome, Worker, alarms_of
 from ldm.training.loop import Progress
-from ldm.training.world import World
+from ldm.training.world import World, hosts_of
 
 POLL_SECONDS = 0.5
 
@@ -186,9 +186,9 @@ def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], 
 
 def _work(payload: Mapping[str, Any]) -> None:
     """Run the worker inside a process of Ray Train's."""
-    context = get_context()
-    world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=torch.device(get_device()))
-    _run_in(world, payload)
+    context, device = get_context(), torch.device(get_device())
+    rank, size = context.get_world_rank(), context.get_world_size()
+    _run_in(World(rank=rank, size=size, device=device, hosts=hosts_of(size, device)), payload)
 
 
 def _work_alone(payload: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from ldm.training.machine_load import MachineLoad
 from ldm.training.out_of_memory import memory_explained
 from ldm.training.record import Tracker
 from ldm.training.rollback import look_for_lost_row, roll_back
+from ldm.training.speed import speed_metrics
 from ldm.training.state import TrainState, is_due
 from ldm.training.task import Keyed, NotFiniteError, Task
 from ldm.training.watchdog import Watchdog, unwatched
@@ -119,6 +120,7 @@ class Surroundings:
         should_stop: says that a stop was asked for (a signal); the loop saves and returns.
         load: measures what every process and its machine are busy with.
         enters: called with what comes next, and at which sample; the loop's watchdog is put there.
+        peak_flops: FLOP a second that this process's device could make; 0 where that is not known.
     """
 
     world: World
@@ -129,6 +131,7 @@ class Surroundings:
     should_stop: Callable[[], bool]
     load: MachineLoad = field(default_factory=MachineLoad)
     enters: Callable[[Phase, int], None] = unwatched
+    peak_flops: float = 0.0
 
 
 def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around: Surroundings) -> TrainState:
@@ -167,11 +170,12 @@ def _train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, aroun
         metrics = task.step(batch, state.samples_seen, around.batch_size)
         state = state.advanced(around.batch_size, window.tick())
         window.add(metrics, batch.keys, state.samples_seen)
+        window.flops += task.flops(batch, state.samples_seen - around.batch_size)
         is_stopping = is_stopping or around.world.any(around.should_stop())
         if is_stopping or _is_measured(config, state, around.batch_size):
             state = _recover(task, window, state, config, around)
         if is_due(config.log_every, state.samples_seen, around.batch_size):
-            _log(window, loader, state, config, around)
+            _log(task, window, loader, state, config, around)
         state = _do_what_is_due(task, window, state, config, around)
         window.restart()
         if is_stopping and _save(task, window, state, config, around):
@@ -217,7 +221,9 @@ def _save(
     started = time.monotonic()
     around.enters(Phase.CHECKPOINT, state.samples_seen)
     around.checkpoints.save(task.engines, state, is_kept=is_kept)
-    around.tracker.log_metrics({"checkpoint_seconds": time.monotonic() - started}, state.samples_seen)
+    seconds = time.monotonic() - started
+    window.checkpoint_seconds += seconds
+    around.tracker.log_metrics({"checkpoint_seconds": seconds}, state.samples_seen)
     return True
 
 
@@ -272,14 +278,32 @@ def _validate(task: Task[Any], state: TrainState, config: LoopConfig, around: Su
     return state.validated(metrics)
 
 
-def _log(window: Window, loader: Loader[Any], state: TrainState, config: LoopConfig, around: Surroundings) -> None:
+def _log(
+    task: Task[Any],
+    window: Window,
+    loader: Loader[Any],
+    state: TrainState,
+    config: LoopConfig,
+    around: Surroundings,
+) -> None:
     means = {name: around.world.mean(value).item() for name, value in window.means(around.world.device).items()}
-    rate = window.num_steps * around.batch_size / max(window.seconds, 1e-9)
+    waited = loader.wait_seconds - window.waited_before
+    speed = speed_metrics(
+        task.engines.values(),
+        around.world,
+        num_steps=window.num_steps,
+        seconds=window.seconds,
+        wait_seconds=waited,
+        checkpoint_seconds=window.checkpoint_seconds,
+        flops=window.flops,
+        peak=around.peak_flops,
+    )
     metrics = {
         **means,
-        "images_per_second": rate,
-        "data_wait_seconds": loader.wait_seconds - window.waited_before,
+        "images_per_second": window.num_steps * around.batch_size / max(window.seconds, 1e-9),
+        "data_wait_seconds": waited,
         "train_seconds": state.train_seconds,
+        **speed,
     }
     num_lost, names = window.lost()
     if num_lost:

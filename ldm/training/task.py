@@ -51,6 +51,15 @@ class Task(Protocol[BatchT_contra]):
         """
         ...
 
+    def flops(self, batch: BatchT_contra, samples_seen: int) -> float:
+        """Return the FLOPs of this process's passes in a step on a batch: forward and backward, nothing repeated.
+
+        Args:
+            batch: as given to `step`.
+            samples_seen: as given to `step`.
+        """
+        ...
+
     def validate(self) -> dict[str, float]:
         """Measure on held-out rows with the averaged weights. All processes call it together; the same on each."""
         ...

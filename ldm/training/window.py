@@ -43,6 +43,8 @@ class Window:
         self._plain_counts = Counter[str]()
         self.num_steps = 0
         self.seconds = 0.0
+        self.checkpoint_seconds = 0.0
+        self.flops = 0.0
         self.waited_before = waited_before
 
     def restart(self) -> None:

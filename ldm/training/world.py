@@ -20,11 +20,14 @@ class World:
         rank: my number, from 0.
         size: how many processes train together.
         device: where my tensors live.
+        hosts: the same processes, exchanging through their CPUs what is not to wait for a GPU; None where the device is
+            a CPU.
     """
 
     rank: int
     size: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -34,7 +37,7 @@ class World:
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.hosts)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of `values` over all processes; the same on each."""
@@ -58,8 +61,8 @@ class World:
         """Say whether the flag is up on at least one process; the same answer on each."""
         if self.size == 1:
             return flag
-        raised = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        raised = torch.tensor(float(flag))
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.hosts)
         return bool(raised.item())
 
     def gather(self, item: Any) -> list[Any]:
@@ -67,7 +70,7 @@ class World:
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=self.hosts)
         return items
 
 
@@ -86,6 +89,15 @@ class _Total(torch.autograd.Function):
         return total
 
 
+def hosts_of(size: int, device: torch.device) -> dist.ProcessGroup | None:
+    """Return the group of a world's hosts, where its processes compute on GPUs; all of them call it together."""
+    if size == 1 or device.type != "cuda":
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every process is in it
+    return group
+
+
 @contextmanager
 def process_group(rank: int, size: int, device: torch.device) -> Iterator[World]:
     """Yield the world of this process, joining a process group by torchrun's environment if none is joined yet."""
@@ -93,7 +105,7 @@ def process_group(rank: int, size: int, device: torch.device) -> Iterator[World]
     if joined_here:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size)
     try:
-        yield World(rank=rank, size=size, device=device)
+        yield World(rank=rank, size=size, device=device, hosts=hosts_of(size, device))
     finally:
         if joined_here:
             dist.destroy_process_group()

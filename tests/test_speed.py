@@ -1,0 +1,201 @@
+"""What a training says of its speed: FLOPs of the real network, and where the time of a step goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jobs.wiring.autoencoder_memory import Reconstructing, row_flops
+from jobs.wiring.memory_forecast import Told, denoiser_flops
+from ldm.autoencoder import zoo as autoencoders
+from ldm.conditioning.conditioner import ConditioningConfig
+from ldm.training.ema import EmaConfig
+from ldm.training.engine import EngineConfig, LocalEngine, Precision
+from ldm.training.flops import counted_flops
+from ldm.training.optim import OptimConfig
+from ldm.training.reconstruction_config import ReconstructionConfig
+from ldm.training.speed import peak_flops, peak_of, speed_metrics
+from ldm.training.stopwatch import MAX_MEASURED, StepPhase, Stopwatch
+from ldm.unet import zoo
+from tests.ranks import alone
+
+CPU = torch.device("cpu")
+STABLE_DIFFUSION = Told(size=(64, 64), pixels=(512, 512), max_tokens=77, text_width=768, pooled_width=None)
+PUBLISHED_FORWARD = 803.3e9
+"""Of Stable Diffusion 1's UNet at 512 px, counted on another implementation, which convolves what it has doubled; ours
+convolves before it doubles, with two thirds of the products."""
+
+
+def test_a_linear_layer_has_the_flops_of_its_products() -> None:
+    # forward and the weight's gradient; the input needs none
+    flops = counted_flops(lambda: nn.Linear(5, 7), lambda network: network(torch.empty(3, 5)).sum())
+    assert flops == 2 * 2 * 3 * 5 * 7
+
+
+def test_stable_diffusion_has_the_flops_that_are_known_of_it() -> None:
+    flops = denoiser_flops(zoo.sd1(), ConditioningConfig(), STABLE_DIFFUSION)
+    assert 0.97 * 3 * PUBLISHED_FORWARD < flops < 3 * PUBLISHED_FORWARD
+
+
+def test_checkpointing_adds_no_flops_and_attention_more_than_their_share_of_pixels() -> None:
+    unet = zoo.emoji()
+    told = Told(size=(16, 16), pixels=(64, 64), max_tokens=24, text_width=unet.context_width, pooled_width=None)
+    flops = denoiser_flops(unet, ConditioningConfig(), told)
+    assert denoiser_flops(replace(unet, checkpoint_activations=True), ConditioningConfig(), told) == flops
+    quarter = denoiser_flops(unet, ConditioningConfig(), replace(told, size=(8, 8), pixels=(32, 32)))
+    assert 0.2 * flops < quarter < 0.25 * flops
+
+
+@pytest.mark.parametrize("name", ["small_f4", "vq_f4"])
+def test_an_autoencoder_has_more_flops_once_it_is_judged(name: str) -> None:
+    training = Reconstructing(
+        autoencoder=getattr(autoencoders, name)(),
+        loss=ReconstructionConfig(),
+        side=32,
+        has_averages=True,
+        is_bf16=False,
+        num_ranks=1,
+        num_rows=4,
+    )
+    state = torch.get_rng_state()
+    alone_flops, judged_flops = row_flops(training, False), row_flops(training, True)
+    assert 0 < alone_flops < judged_flops
+    assert torch.equal(torch.get_rng_state(), state), "random numbers were drawn, which the training would have drawn"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return what lets time go by."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def pass_by(seconds: float) -> None:
+        now[0] += seconds
+
+    return pass_by
+
+
+def test_a_stopwatch_tells_the_mean_of_each_phase(clock: Callable[[float], None]) -> None:
+    watch = Stopwatch(CPU)
+    exchange = watch.around(partial(clock, 2.0), StepPhase.COMMUNICATION)
+    for _ in range(3):
+        exchange()  # outside an update: of a validation
+        watch.begin()
+        clock(3.0)
+        watch.enter(StepPhase.BACKWARD)
+        clock(4.0)
+        exchange()
+        clock(1.0)
+        watch.enter(StepPhase.OPTIMIZER)
+        clock(0.5)
+        watch.end()
+        clock(100.0)
+    assert watch.take() == {
+        StepPhase.FORWARD: 3.0,
+        StepPhase.BACKWARD: 5.0,
+        StepPhase.COMMUNICATION: 2.0,
+        StepPhase.OPTIMIZER: 0.5,
+    }
+    assert watch.take() == {}
+
+
+def test_the_wait_for_what_a_collective_began_is_communication_too(clock: Callable[[float], None]) -> None:
+    class Handle:
+        name = "handle"
+
+        def wait(self) -> None:
+            clock(7.0)
+
+    watch = Stopwatch(CPU)
+    begin = watch.around(Handle, StepPhase.COMMUNICATION)
+    watch.begin()
+    handle = begin()
+    clock(1.0)
+    handle.wait()
+    watch.end()
+    assert handle.name == "handle"
+    assert watch.take() == {StepPhase.FORWARD: 1.0, StepPhase.COMMUNICATION: 7.0}
+
+
+def test_of_many_updates_the_first_are_measured(clock: Callable[[float], None]) -> None:
+    watch = Stopwatch(CPU)
+    for number in range(3 * MAX_MEASURED):
+        watch.begin()
+        clock(1.0 if number < MAX_MEASURED else 50.0)
+        watch.end()
+    assert watch.take() == {StepPhase.FORWARD: 1.0}
+
+
+def test_the_peak_is_the_data_sheets_unless_it_is_stated() -> None:
+    assert peak_of("NVIDIA H100 80GB HBM3", Precision.BF16) == 989e12
+    assert peak_of("NVIDIA H100 PCIe", Precision.FP16) == 756e12
+    assert peak_of("NVIDIA A100-SXM4-80GB", Precision.FP32) == 19.5e12
+    assert peak_of("NVIDIA L40S", Precision.BF16) == 362e12
+    assert peak_of("Riva TNT2", Precision.BF16) == 0.0
+    assert peak_flops(CPU, EngineConfig()) == 0.0
+    assert peak_flops(CPU, EngineConfig(peak_tflops=0.5)) == 0.5e12
+
+
+@pytest.fixture
+def engine() -> LocalEngine:
+    """Return an engine that has made two updates."""
+    engine = LocalEngine(nn.Linear(4, 2), OptimConfig(), EmaConfig(), EngineConfig(), alone())
+
+    def loss() -> Tensor:
+        value: Tensor = engine.wrapped(torch.ones(3, 4)).square().mean()
+        return value
+
+    for step in range(2):
+        engine.update([loss], 1e-3, (step + 1, 1))
+    return engine
+
+
+def test_a_record_tells_shares_that_make_a_whole(engine: LocalEngine) -> None:
+    metrics = speed_metrics(
+        [engine, "what measures nothing"],
+        alone(),
+        num_steps=2,
+        seconds=8.0,
+        wait_seconds=2.0,
+        checkpoint_seconds=2.0,
+        flops=24e12,
+        peak=6e12,
+    )
+    shares = {name: value for name, value in metrics.items() if name.startswith("step_share/")}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert shares["step_share/data_wait"] == 0.25
+    assert shares["step_share/communication"] == 0.0, "one process exchanges nothing"
+    for phase in ("forward", "backward", "optimizer", "averages"):
+        assert 0 < shares[f"step_share/{phase}"] < 0.1, phase
+    assert metrics["checkpoint_share"] == 0.2
+    assert metrics["tflops_per_second"] == 3.0
+    assert metrics["mfu"] == 0.5
+
+
+def test_nothing_is_said_of_what_is_not_known(engine: LocalEngine) -> None:
+    given = {"num_steps": 1, "seconds": 1.0, "wait_seconds": 0.0, "checkpoint_seconds": 0.0}
+    assert not {"mfu", "tflops_per_second"} & set(speed_metrics([engine], alone(), **given, flops=0.0, peak=1e12))  # type: ignore[arg-type]
+    assert "mfu" not in speed_metrics([engine], alone(), **given, flops=1e9, peak=0.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_measured_without_a_wait_within_an_update() -> None:
+    watch = Stopwatch(torch.device("cuda"))
+    left = torch.randn(2048, 2048, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        watch.begin()
+        for _ in range(20):
+            left @ left
+        watch.enter(StepPhase.BACKWARD)
+        watch.end()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    seconds = watch.take()
+    assert seconds[StepPhase.FORWARD] > seconds[StepPhase.BACKWARD] >= 0
