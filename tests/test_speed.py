@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +15,9 @@ from jobs.wiring.autoencoder_memory import Reconstructing, row_flops
 from jobs.wiring.memory_forecast import Told, denoiser_flops
 from ldm.autoencoder import zoo as autoencoders
 from ldm.conditioning.conditioner import ConditioningConfig
+from ldm.conditioning.rows import RowConditions
+from ldm.latents import LatentSpace
+from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig
 from ldm.training.ema import EmaConfig
 from ldm.training.engine import EngineConfig, LocalEngine, Precision
 from ldm.training.flops import counted_flops
@@ -22,7 +25,11 @@ from ldm.training.optim import OptimConfig
 from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.speed import peak_flops, peak_of, speed_metrics
 from ldm.training.stopwatch import MAX_MEASURED, StepPhase, Stopwatch
+from ldm.training.window import Window
+from ldm.training.world import World
+from ldm.types import Condition, LatentBatch
 from ldm.unet import zoo
+from ldm.unet.model import UNet
 from tests.ranks import alone
 
 CPU = torch.device("cpu")
@@ -199,3 +206,56 @@ def test_a_gpu_is_measured_without_a_wait_within_an_update() -> None:
         torch.cuda.set_sync_debug_mode("default")
     seconds = watch.take()
     assert seconds[StepPhase.FORWARD] > seconds[StepPhase.BACKWARD] >= 0
+
+
+def test_a_step_reads_nothing_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The meta device has no numbers: what asks for one there raises, as it would wait on a GPU.
+    device = torch.device("meta")
+    monkeypatch.setattr("ldm.training.engine.build_optimizer", lambda weights, _: torch.optim.AdamW(weights))
+    monkeypatch.setattr("ldm.training.engine.leave_out", lambda *_: None)  # the fused form is not for this device
+    config = EngineConfig(micro_batch_size=2)
+    world = World(rank=0, size=1, device=device)
+    unet = zoo.emoji()
+    task = DiffusionTask(
+        engine=LocalEngine(UNet(unet), OptimConfig(), EmaConfig(), config, world),
+        objective=ObjectiveConfig(offset_noise=0.1),
+        optim=OptimConfig(),
+        conditions=RowConditions(
+            config=ConditioningConfig(),
+            space=LatentSpace(mean=(0.0,) * unet.in_channels, std=(1.0,) * unet.in_channels),
+            factor=4,
+            seed=0,
+        ),
+        held_out=NoRows(),
+        world=world,
+        micro_batches=config.micro_batches,
+        total_samples=100,
+        seed=0,
+        preview=None,
+    )
+    batch = LatentBatch(
+        keys=tuple("abcd"),
+        samples=torch.arange(4),
+        moments=torch.zeros(4, 2 * unet.in_channels, 16, 16, dtype=torch.float16),
+        condition=Condition(states=torch.zeros(4, 24, unet.context_width), mask=torch.ones(4, 24, dtype=torch.bool)),
+    )
+    window = Window(0.0, 8)
+    for step in range(2):
+        metrics = task.step(batch, 4 * step, 4)
+        window.add(metrics, batch.keys, 4 * step + 4)
+    assert isinstance(metrics["loss"], Tensor)
+    assert metrics["loss"].device == device
+    with pytest.raises(RuntimeError, match="meta"):
+        window.lost_in_a_row()
+
+
+class NoRows:
+    """No rows to validate on."""
+
+    num_rows = 0
+
+    def rows(self, start: int, stop: int) -> LatentBatch:
+        raise ValueError(f"there are no rows {start} to {stop}")
+
+    def spans(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+        return iter(())

@@ -155,32 +155,37 @@ def denoiser_flops(unet: UNetConfig, conditioning: ConditioningConfig, told: Tol
 
 def _loss(network: nn.Module, unet: UNetConfig, conditioning: ConditioningConfig, told: Told, num_rows: int) -> Tensor:
     dtype = next(network.parameters()).dtype
-    noisy = torch.empty(num_rows, unet.out_channels, *told.size, dtype=dtype)
+    noisy = torch.zeros(num_rows, unet.out_channels, *told.size, dtype=dtype)
     condition = _condition(conditioning, told, num_rows, unet.out_channels, dtype)
-    output: Tensor = network(noisy, torch.empty(num_rows), condition)
+    output: Tensor = network(noisy, torch.zeros(num_rows), condition)
     return (output.float() - noisy.float()).square().mean()
+
+
+def denoiser_loss(network: nn.Module, training: Denoising, num_rows: int) -> Tensor:
+    """Return a loss of a micro-batch that says nothing, on the default device."""
+    return _loss(network, training.unet, training.conditioning, training.told, num_rows)
 
 
 def _condition(
     config: ConditioningConfig, told: Told, rows: int, latent_channels: int, dtype: torch.dtype
 ) -> Condition:
-    """Return a condition of the right shapes, without content."""
+    """Return a condition of the right shapes that says nothing."""
     has_text = config.text is not TextUse.NONE
     is_frozen = config.text is TextUse.FROZEN
     beside = config.spatial_channels(latent_channels) - (config.map_channels if config.map_classes else 0)
-    states = torch.empty(rows, told.max_tokens, told.text_width, dtype=dtype) if is_frozen else None
-    tokens = torch.empty(rows, told.max_tokens, dtype=torch.int64) if config.text is TextUse.TRAINED else None
-    layout = torch.empty(rows, config.layout_transformer.max_tokens, dtype=torch.int64) if config.has_layout else None
+    states = torch.zeros(rows, told.max_tokens, told.text_width, dtype=dtype) if is_frozen else None
+    tokens = torch.zeros(rows, told.max_tokens, dtype=torch.int64) if config.text is TextUse.TRAINED else None
+    layout = torch.zeros(rows, config.layout_transformer.max_tokens, dtype=torch.int64) if config.has_layout else None
     return Condition(
         states=states,
-        mask=torch.empty(rows, told.max_tokens, dtype=torch.bool) if is_frozen else None,
-        pooled=torch.empty(rows, told.pooled_width, dtype=dtype) if has_text and told.pooled_width else None,
-        sizes=torch.empty(rows, 6) if config.has_sizes else None,
-        spatial=torch.empty(rows, beside, *told.size, dtype=dtype) if beside else None,
+        mask=torch.ones(rows, told.max_tokens, dtype=torch.bool) if is_frozen else None,
+        pooled=torch.zeros(rows, told.pooled_width, dtype=dtype) if has_text and told.pooled_width else None,
+        sizes=torch.zeros(rows, 6) if config.has_sizes else None,
+        spatial=torch.zeros(rows, beside, *told.size, dtype=dtype) if beside else None,
         tokens=tokens,
-        class_id=torch.empty(rows, dtype=torch.int64) if config.num_classes else None,
+        class_id=torch.zeros(rows, dtype=torch.int64) if config.num_classes else None,
         layout=layout,
-        semantic_map=torch.empty(rows, *told.pixels, dtype=torch.int64) if config.map_classes else None,
+        semantic_map=torch.zeros(rows, *told.pixels, dtype=torch.int64) if config.map_classes else None,
     )
 
 

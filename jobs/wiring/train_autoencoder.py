@@ -94,7 +94,8 @@ class TrainAutoencoderConfig(Config):
     def __post_init__(self) -> None:
         if self.autoencoder.regularizer is Regularizer.KL and self.loss.codebook != CodebookConfig():
             raise ValueError(f"loss.codebook belongs to vq, got {self.loss.codebook} for kl")
-        if self.engine.kind is not EngineKind.LOCAL or self.engine.micro_batch_size:
+        engine = self.engine
+        if engine.kind is not EngineKind.LOCAL or engine.micro_batch_size or engine.finds_micro_batch:
             raise ValueError("stage 1 trains two networks in turns: engine.kind is local, without micro-batches")
         if self.engine.precision is Precision.FP16:
             raise ValueError("stage 1 weighs its losses by their gradients, too small for fp16: take bf16 or fp32")

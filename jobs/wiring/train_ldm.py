@@ -11,6 +11,7 @@ import torch
 
 from jobs.wiring.machine import free_share, trains_on_cpu
 from jobs.wiring.memory_forecast import Denoising, advice, needed, table, told_of
+from jobs.wiring.micro_batch import with_micro_batch
 from jobs.wiring.recording import open_record
 from jobs.wiring.self_testing import Forecast, begin_self_tests
 from ldm import storage
@@ -195,6 +196,7 @@ def train_ldm_worker(
     manifest = load_manifest(config.latents)
     tests = None
     training = _denoising(config, manifest, world.size, is_on_cpu=world.device.type == "cpu")
+    training = with_micro_batch(training, config.root, world, report)
     if config.self_tests:
         forecast = Forecast(needed=partial(needed, training), advice=partial(advice, training))
         tests = begin_self_tests(config, config.root, manifest, forecast, world, report)
@@ -204,7 +206,7 @@ def train_ldm_worker(
     torch.manual_seed(config.seed)
     rows = config.batch_size // world.size
     network = build_denoiser(config.unet, config.conditioning)
-    engine = build_engine(network, config.optim, config.ema, config.engine, world, rows)
+    engine = build_engine(network, config.optim, config.ema, training.engine, world, rows)
     task = DiffusionTask(
         engine=engine,
         objective=config.objective,
@@ -212,7 +214,7 @@ def train_ldm_worker(
         conditions=row_conditions(config, manifest),
         held_out=held_out,
         world=world,
-        micro_batches=config.engine.micro_batches,
+        micro_batches=training.engine.micro_batches,
         total_samples=config.loop.total_samples,
         seed=config.seed,
         preview=_preview(config, engine, manifest, world, held_out),
@@ -269,7 +271,12 @@ def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
             f"train     {num_rows:,} rows of {config.latents} ({len(manifest.shards_of(Split.TRAIN))} shards), "
             f"{manifest.num_rows(Split.VALIDATION):,} held out",
             f"network   {num_parameters(config) / 1e6:,.1f} M parameters, {config.engine.precision}",
-            f"batch     {config.batch_size} = {workers} workers x {len(micro)} micro-batches x {micro[0][1]} rows",
+            f"batch     {config.batch_size} = {workers} workers x "
+            + (
+                f"{rows} rows, in micro-batches that the start finds"
+                if config.engine.finds_micro_batch
+                else f"{len(micro)} micro-batches x {micro[0][1]} rows"
+            ),
             f"length    {config.loop.total_samples:,} samples = {steps:,} steps = "
             f"{config.loop.total_samples / max(1, num_rows):.1f} epochs",
             f"workers   {workers} x ({config.launch.cpus_per_worker:g} CPU, {config.launch.gpus_per_worker:g} GPU), "

@@ -67,9 +67,18 @@ class EngineConfig(Config):
     """Whether torch.compile makes kernels of the network; minutes at the first step, and a C++ compiler on a CPU."""
     micro_batch_size: int = 0
     """Rows of one forward pass on one process; 0 takes the process's whole share of the batch."""
+    finds_micro_batch: bool = added_later(False)
+    """Whether the start measures which micro-batch is fastest of those that fit, in place of `micro_batch_size`; what
+    it finds is kept beside the checkpoints, for the starts after it."""
     peak_tflops: float = added_later(0.0)
     """TFLOP a second that a worker's device makes at most in this precision, for the MFU; 0 takes the data sheet's for
     a GPU that is known by name, and tells no MFU for others."""
+
+    def __post_init__(self) -> None:
+        if self.finds_micro_batch and self.micro_batch_size:
+            raise ValueError(f"engine.finds_micro_batch decides micro_batch_size, which is {self.micro_batch_size}")
+        if self.peak_tflops < 0:
+            raise ValueError(f"engine.peak_tflops can't be negative, got {self.peak_tflops}")
 
     def micro_batches(self, rows: int) -> list[tuple[int, int]]:
         """Return the (start, stop) of each micro-batch of a process's share of `rows`."""

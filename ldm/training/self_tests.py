@@ -261,6 +261,13 @@ def check_memory(
     return ", ".join(_figures(*share) for share in shares), warning
 
 
+def has_room(world: World, needed: Memory, look: Callable[[], Machine]) -> bool:
+    """Say whether a training is forecast to fit into memory well, the same answer on all ranks."""
+    machine = look()
+    shares = _shares(machine, world.gather(machine), needed, world.device.type)
+    return not _short(world, shares, WARNING_SHARE)
+
+
 def _short(world: World, shares: Sequence[tuple[str, int, int]], of_free: float) -> list[str]:
     """Return a line for each rank that needs more than so much of what is free."""
     lacks = world.gather([_figures(*share) for share in shares if share[1] > of_free * share[2]])
