@@ -1,5 +1,7 @@
 """The training loop against a bare forward-backward-step on the same tensors, in turns; images a second and MFU.
 
+The loop runs under the local engine and, at one rank too, under DeepSpeed.
+
 python -m tests.benchmarks.loop [--device cuda] [--network sd1] [--quick] [--save]
 
 Both sides train the same network from the same weights with the same optimizer; ours adds the clock, the draws of noise
@@ -15,15 +17,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
 
+from jobs.wiring.memory_forecast import Told, denoiser_flops
 from ldm.conditioning.conditioner import ConditioningConfig
 from ldm.conditioning.rows import RowConditions
 from ldm.config import Config
@@ -31,10 +33,12 @@ from ldm.latents import LatentSpace
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import EngineConfig, LocalEngine, Precision
+from ldm.training.engine import EngineConfig, EngineKind, Precision
+from ldm.training.engines import build_engine
 from ldm.training.loop import LoopConfig, Surroundings, train
 from ldm.training.optim import OptimConfig, build_optimizer
 from ldm.training.record import SilentTracker
+from ldm.training.speed import peak_of
 from ldm.training.world import World
 from ldm.types import Condition, LatentBatch
 from ldm.unet import zoo
@@ -42,8 +46,7 @@ from ldm.unet.model import UNet, UNetConfig
 
 RESULTS = Path(__file__).parent / "results"
 GOAL = 0.98
-DENSE_BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""FLOP a second without sparsity, from the makers' data sheets."""
+DEEPSPEED_GOAL = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +69,8 @@ class LoopBenchmark(Config):
     """Turns of each side."""
     threads: int = 2
     """CPU threads."""
+    zero_config: str = "infra/deepspeed/zero2.json"
+    """What DeepSpeed is asked for."""
     quick: bool = False
     """Under a minute: two turns of three steps."""
     save: bool = False
@@ -77,15 +82,16 @@ class FixedBatches:
 
     wait_seconds = 0.0
 
-    def __init__(self, batch: LatentBatch) -> None:
+    def __init__(self, batch: LatentBatch, steps: int, device: torch.device) -> None:
         self.batch = batch
+        self.steps = steps
+        self.device = device
         self.times: list[float] = []
 
     def batches(self, samples_seen: int) -> Iterator[LatentBatch]:
         """Yield the batch endlessly."""
         while True:
-            _wait(self.batch.moments.device)
-            self.times.append(time.perf_counter())
+            _note(self.times, self.steps, self.device)
             yield self.batch
 
 
@@ -99,32 +105,49 @@ def main() -> None:
     config = zoo.sd1() if settings.network == "sd1" else zoo.emoji()
     torch.manual_seed(0)
     start = UNet(config)
-    batch = _batch(settings, config, device)
-    rates: dict[str, list[float]] = {"loop": [], "bare": []}
-    for _ in range(settings.rounds):
-        rates["loop"].append(_loop_rate(copy.deepcopy(start), batch, settings, device))
-        rates["bare"].append(_bare_rate(copy.deepcopy(start), batch, settings, device))
-    _report(settings, config, batch, rates)
+    batch = _batch(settings, config)
+    rates: dict[str, list[float]] = {"loop": [], "bare": [], "deepspeed": []}
+    with _group_of_one(device):
+        for _ in range(settings.rounds):
+            rates["loop"].append(_loop_rate(copy.deepcopy(start), batch, settings, device, EngineKind.LOCAL))
+            rates["bare"].append(_bare_rate(copy.deepcopy(start), batch, settings, device))
+            rates["deepspeed"].append(_loop_rate(copy.deepcopy(start), batch, settings, device, EngineKind.DEEPSPEED))
+    _report(settings, config, rates)
 
 
-def _batch(settings: LoopBenchmark, config: UNetConfig, device: torch.device) -> LatentBatch:
+@contextmanager
+def _group_of_one(device: torch.device) -> Iterator[None]:
+    """Be the only process of a group, which DeepSpeed must have."""
+    with tempfile.NamedTemporaryFile() as file:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, init_method=f"file://{file.name}", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+def _batch(settings: LoopBenchmark, config: UNetConfig) -> LatentBatch:
+    """Return a batch as a loader gives it, on the CPU."""
     rows, side = settings.batch_size, settings.latent_size
     generator = torch.Generator().manual_seed(1)
     moments = torch.randn(rows, 2 * config.in_channels, side, side, generator=generator)
     states = torch.randn(rows, settings.tokens, config.context_width, generator=generator)
     keys = tuple(f"{row:06d}" for row in range(rows))
-    condition = Condition(states=states.to(device))
-    return LatentBatch(keys=keys, samples=torch.arange(rows), moments=moments.to(device), condition=condition)
+    return LatentBatch(keys=keys, samples=torch.arange(rows), moments=moments, condition=Condition(states=states))
 
 
-def _loop_rate(network: UNet, batch: LatentBatch, settings: LoopBenchmark, device: torch.device) -> float:
+def _loop_rate(
+    network: UNet, batch: LatentBatch, settings: LoopBenchmark, device: torch.device, kind: EngineKind
+) -> float:
     world = World(rank=0, size=1, device=device)
     precision = Precision.BF16 if device.type == "cuda" else Precision.FP32
-    engine_config = EngineConfig(precision=precision)
+    engine_config = EngineConfig(kind=kind, zero_config=settings.zero_config, precision=precision)
+    rows = settings.batch_size
     channels = network.config.in_channels
     total = settings.batch_size * (settings.steps + 2)
     task = DiffusionTask(
-        engine=LocalEngine(network, OptimConfig(), EmaConfig(), engine_config, world),
+        engine=build_engine(network, OptimConfig(), EmaConfig(), engine_config, world, rows),
         objective=ObjectiveConfig(validation_rows=0),
         optim=OptimConfig(),
         conditions=RowConditions(
@@ -140,7 +163,7 @@ def _loop_rate(network: UNet, batch: LatentBatch, settings: LoopBenchmark, devic
         seed=0,
         preview=None,
     )
-    loader = FixedBatches(batch)
+    loader = FixedBatches(batch, settings.steps, device)
     with tempfile.TemporaryDirectory() as folder:
         around = Surroundings(
             world=world,
@@ -159,38 +182,39 @@ def _loop_rate(network: UNet, batch: LatentBatch, settings: LoopBenchmark, devic
 def _bare_rate(network: UNet, batch: LatentBatch, settings: LoopBenchmark, device: torch.device) -> float:
     network.to(device)
     optimizer = build_optimizer(network.parameters(), OptimConfig())
-    clean = batch.moments[:, : network.config.in_channels]
+    clean = batch.moments[:, : network.config.in_channels].to(device)
+    condition = batch.condition.to(device, torch.float32)
     timestep = torch.linspace(0, 999, settings.batch_size, device=device)
     times: list[float] = []
     for _ in range(settings.steps + 2):
-        _wait(device)
-        times.append(time.perf_counter())
+        _note(times, settings.steps, device)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext():
-            loss = (network(clean, timestep, batch.condition) - clean).square().mean()
+            loss = (network(clean, timestep, condition) - clean).square().mean()
         torch.autograd.backward(loss)
         optimizer.step()
     timed = times[1:]
     return settings.batch_size * (len(timed) - 1) / (timed[-1] - timed[0])
 
 
-def _report(settings: LoopBenchmark, config: UNetConfig, batch: LatentBatch, rates: dict[str, list[float]]) -> None:
-    flops = 3 * _forward_flops(config, settings)
+def _report(settings: LoopBenchmark, config: UNetConfig, rates: dict[str, list[float]]) -> None:
+    flops = _training_flops(config, settings)
     card = torch.cuda.get_device_name() if settings.device == "cuda" else platform.processor() or platform.machine()
-    peak = next((peak for name, peak in DENSE_BF16_PEAK.items() if name in card), 0.0)
+    peak = peak_of(card, Precision.BF16)
     memory = torch.cuda.max_memory_allocated() / 1e9 if settings.device == "cuda" else 0.0
     print(f"{settings.network}, batch {settings.batch_size}, latents {settings.latent_size}")
     print(f"{card}, torch {torch.__version__}")
-    print(f"{'side':6}{'median':>10}{'min':>10}{'max':>10}  images a second   GFLOP/s    MFU")
+    print(f"{'side':10}{'median':>10}{'min':>10}{'max':>10}  images a second   GFLOP/s    MFU")
     for side, values in rates.items():
         middle = statistics.median(values)
         share = f"{middle * flops / peak:7.1%}" if peak else "      -"
         print(
-            f"{side:6}{middle:10.2f}{min(values):10.2f}{max(values):10.2f}  {'':15}{middle * flops / 1e9:10.1f}{share}"
+            f"{side:10}{middle:10.2f}{min(values):10.2f}{max(values):10.2f}  {'':15}{middle * flops / 1e9:10.1f}{share}"
         )
     if memory:
         print(f"peak memory {memory:.1f} GB")
     ratio = statistics.median(a / b for a, b in zip(rates["loop"], rates["bare"], strict=True))
+    deepspeed = statistics.median(a / b for a, b in zip(rates["deepspeed"], rates["loop"], strict=True))
     result = {
         "settings": settings.to_dict(),
         "machine": card,
@@ -199,28 +223,32 @@ def _report(settings: LoopBenchmark, config: UNetConfig, batch: LatentBatch, rat
         "training_gflop_per_image": flops / 1e9,
         "peak_memory_gb": memory,
         "ratio": ratio,
+        "deepspeed_ratio": deepspeed,
     }
     if settings.save:
         path = RESULTS / f"loop-{settings.device}-{settings.network}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"loop ratio {ratio:.3f} goal {GOAL}")
+    print(f"loop ratio {ratio:.3f} goal {GOAL}; under DeepSpeed {deepspeed:.3f} of it, goal {DEEPSPEED_GOAL}")
 
 
-def _forward_flops(config: UNetConfig, settings: LoopBenchmark) -> float:
-    """Return the FLOPs of one row's forward pass, counted on the meta device."""
+def _training_flops(config: UNetConfig, settings: LoopBenchmark) -> float:
+    """Return the FLOPs of one row's forward and backward pass."""
     side = settings.latent_size
-    with torch.device("meta"):
-        network = UNet(config)
-        states = torch.empty(1, settings.tokens, config.context_width)
-        noisy, timestep = torch.empty(1, config.in_channels, side, side), torch.empty(1)
-    with FlopCounterMode(display=False) as counter:
-        network(noisy, timestep, Condition(states=states))
-    return float(counter.get_total_flops())
+    told = Told(
+        size=(side, side),
+        pixels=(side, side),
+        max_tokens=settings.tokens,
+        text_width=config.context_width,
+        pooled_width=None,
+    )
+    return denoiser_flops(config, ConditioningConfig(), told)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def _note(times: list[float], steps: int, device: torch.device) -> None:
+    """Note when a step begins; a GPU is waited for before the first that counts, and after the last."""
+    if device.type == "cuda" and len(times) in (1, steps + 1):
         torch.cuda.synchronize()
+    times.append(time.perf_counter())
 
 
 class _NoRows:
