@@ -36,18 +36,17 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 STARTS_MANY_PROCESSES = {
-    "test_attempts",
     "test_cluster",
-    "test_dataset_duplicates",
     "test_dataset_kills",
     "test_jobs",
     "test_run",
     "test_shards_at_once",
-    "test_tracking",
     "test_worker_deaths",
 }
 """Modules whose tests take Ray or servers and leave nothing to another of their kind."""
-STARTS_RANKS = {
+TAKES_LONG = {
+    "test_attempts",
+    "test_dataset_duplicates",
     "test_elastic_training",
     "test_engine_weights",
     "test_engines",
@@ -56,9 +55,10 @@ STARTS_RANKS = {
     "test_rollback",
     "test_self_tests",
     "test_stage1_ranks",
+    "test_tracking",
     "test_watchdog",
 }
-"""Modules whose tests start a few ranks: long, but they can run beside the others."""
+"""Modules whose tests start a few ranks, a server or one Ray: long, but they can run beside those."""
 
 
 class OneAtATime(LoadScopeScheduling):
@@ -78,7 +78,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneAtAT
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest."""
-    items.sort(key=lambda item: (item.path.stem not in STARTS_MANY_PROCESSES, item.path.stem not in STARTS_RANKS))
+    items.sort(key=lambda item: (item.path.stem not in STARTS_MANY_PROCESSES, item.path.stem not in TAKES_LONG))
 
 
 @pytest.fixture(scope="session")

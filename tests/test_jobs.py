@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -136,16 +138,22 @@ def has_any(folder: Path, pattern: str) -> Callable[[], bool]:
     return lambda: any(folder.glob(pattern))
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A home in which every job ran once, without a break and on one Ray as in the demo, and what each printed."""
-    home = tmp_path_factory.mktemp("unbroken")
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    address = ray.get_runtime_context().gcs_address
+@contextmanager
+def ray_that_runs(num_cpus: int) -> Iterator[str]:
+    """Yield the address of a Ray of this process, which jobs share as in the demo."""
+    ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
     try:
-        return home, {job: finish(job, home, address) for job in ORDER}
+        yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A home in which every job ran once, without a break, and what each printed."""
+    home = tmp_path_factory.mktemp("unbroken")
+    with ray_that_runs(2) as address:
+        return home, {job: finish(job, home, address) for job in ORDER}
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
-    """Every job on the inputs of the unbroken ones, killed once without warning, and started again.
+    """Every job on the inputs of the unbroken ones, killed once without warning with its Ray, and started again.
 
     Two at a time, for most of their time is starting.
     """
@@ -179,7 +187,7 @@ def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFacto
         "train_ldm": lambda: len(list(homes["train_ldm"].glob("ldm/checkpoints/0*"))) > 1,
     }
 
-    def interrupted(job: str) -> Story:
+    def interrupted(job: str, address: str) -> Story:
         story = Story(homes[job])
         if job not in moments:
             kill_after_line(job, story.home, f"{job}: starting")
@@ -194,13 +202,14 @@ def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFacto
             checkpoints = tuple(sorted(path.name for path in story.home.glob(f"{part}/checkpoints/0*")))
             story = Story(story.home, code, output, checkpoints)
         kill_when(job, story.home, moments[job])
-        output = finish(job, story.home)
+        output = finish(job, story.home, address)
         assert "resumed at" in output or "already there" in output, output
         return story
 
-    with ThreadPoolExecutor(2) as threads:
+    with ray_that_runs(4) as address, ThreadPoolExecutor(2) as threads:
         longest_first = ("train_ldm", "train_autoencoder", "precompute_latents", "shard_dataset", "evaluate", "sample")
-        return dict(zip(longest_first, threads.map(interrupted, longest_first), strict=True))
+        stories = threads.map(partial(interrupted, address=address), longest_first)
+        return dict(zip(longest_first, stories, strict=True))
 
 
 @pytest.mark.parametrize("job, folder", [("shard_dataset", "dataset"), ("precompute_latents", "latents")])
