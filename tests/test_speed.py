@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,8 +10,10 @@ from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from jobs.session import TrainingBar
 from jobs.wiring.autoencoder_memory import Reconstructing, row_flops
 from jobs.wiring.memory_forecast import Told, denoiser_flops
 from ldm.autoencoder import zoo as autoencoders
@@ -21,6 +24,7 @@ from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig
 from ldm.training.ema import EmaConfig
 from ldm.training.engine import EngineConfig, LocalEngine, Precision
 from ldm.training.flops import counted_flops
+from ldm.training.loop import Progress
 from ldm.training.optim import OptimConfig
 from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.speed import peak_flops, peak_of, speed_metrics
@@ -259,3 +263,17 @@ class NoRows:
 
     def spans(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
         return iter(())
+
+
+def test_a_training_ends_with_where_its_time_went() -> None:
+    shown = io.StringIO()
+    told = {"step_share/forward": 0.25, "step_share/data_wait": 0.005, "tflops_per_second": 1.234, "mfu": 0.3}
+    with TrainingBar("denoiser", Console(file=shown, width=200)) as bar:
+        bar(Progress(done=8, total=8, metrics=told))
+    assert shown.getvalue().splitlines()[-1] == (
+        "denoiser: a step was forward 25.0%, data wait 0.5%; 1.23 TFLOP/s a worker, MFU 30.0%"
+    )
+    silent = io.StringIO()
+    with TrainingBar("sampling", Console(file=silent, width=200)) as bar:
+        bar(Progress(done=8, total=8))
+    assert "a step was" not in silent.getvalue()
