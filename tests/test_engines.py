@@ -239,7 +239,7 @@ def go_on_from_each(world: World, kinds: list[str], folder: Path) -> None:
             assert all(torch.equal(found[name], averages[name]) for name in averages), f"{place.name} in {kind}"
             norms = train_steps(engine, world, range(3, STEPS))
             assert norms == pytest.approx(reference["norms"][3:], rel=1e-5), f"{place.name} in {kind}"
-            found = all_weights(engine)
+            found = engine.weights()
             for name, weight in reference["ema"].items():
                 torch.testing.assert_close(
                     found[name], weight, rtol=1e-5, atol=1e-6, msg=f"{place.name} in {kind}: {name}"
@@ -252,7 +252,7 @@ def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("halfway")
     engine = engine_of("local", alone(), folder)
     norms = train_steps(engine, alone(), range(STEPS))
-    torch.save({"norms": norms, "ema": all_weights(engine)}, folder / "reference")
+    torch.save({"norms": norms, "ema": engine.weights()}, folder / "reference")
     save_halfway(alone(), ["local"], folder)
     run_ranks(2, save_halfway, KINDS, folder)
     return folder
