@@ -42,12 +42,15 @@ def main() -> None:
             data_uri=config.latents,
             repeats=asked.page.run_id if asked.page else "",
         )
-        first, last = (outcome[name]["validation_loss"] for name in ("first_validation", "last_validation"))
+        first, last = (outcome[name] for name in ("first_validation", "last_validation"))
         if is_main_process():
             print(
-                f"model     {outcome['samples_seen']:,} samples, validation loss {first:.4f} -> {last:.4f}: "
-                f"{config.model_folder}"
+                f"model     {outcome['samples_seen']:,} samples, validation loss {first['validation_loss']:.4f} -> "
+                f"{last['validation_loss']:.4f}: {config.model_folder}"
             )
+            for half_life in config.ema.further_half_lives:
+                loss = last[f"validation_loss_half_life_{half_life}"]
+                print(f"          averaged with half-life {half_life:,}: {loss:.4f}: {config.model_folders[half_life]}")
     if is_main_process() and (registered := register_model(config)):
         print(f"registered {registered.uri} at {config.tracking.uri}; in Python, after mlflow.set_tracking_uri(that):")
         print(f'           mlflow.pyfunc.load_model("{registered.uri}").predict(["a red heart"])')

@@ -83,7 +83,7 @@ def forecast_of(case: Case, file: str | None, num_ranks: int) -> int:
         num_ranks=num_ranks,
         num_micro_batches=case.rows // case.micro_rows,
         weight_bytes=4,
-        has_averages=True,
+        num_averages=1,
         is_on_cpu=True,
     )
     return forecast(sharding_of(file), step).total

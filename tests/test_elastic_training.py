@@ -21,6 +21,8 @@ from tests.tiny_training import WEIGHTS, run, series, tiny_config
 Leg = tuple[int, int | None, int]
 """Ranks, ZeRO stage (None for the local engine), and the steps to stop after (0: to the end)."""
 STEPS_IN_ALL = 8
+FURTHER = 8
+"""Half-life of a second average, in samples."""
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_engine(config: TrainLdmConfig, stage: int | None, folder: Path) -> TrainLdmConfig:
-    """Return the training in two micro-batches a rank at most, under a ZeRO stage or the local engine."""
-    config = replace(config, num_streams=4, loop=replace(config.loop, checkpoint_every=8, log_every=8))
+    """Return the training with two averages, in two micro-batches a rank at most, under a ZeRO stage or locally."""
+    averages = replace(config.ema, further_half_lives=(FURTHER,))
+    config = replace(config, num_streams=4, ema=averages, loop=replace(config.loop, checkpoint_every=8, log_every=8))
     if stage is None:
         return replace(config, engine=EngineConfig(micro_batch_size=2))
     path = folder / f"stage{stage}.json"
@@ -76,8 +79,13 @@ def test_a_training_goes_on_under_another_engine_on_other_ranks(
     found, expected = (series(folder, run_name, "loss") for run_name in (name, "unbroken"))
     assert list(found) == list(expected) == [8 * step for step in range(1, STEPS_IN_ALL + 1)]
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4)
-    one, other = (load_weights(str(folder / run_name / WEIGHTS)) for run_name in (name, "unbroken"))
-    assert max(float((one[key] - other[key]).abs().max()) for key in other) < 1e-4
+    for weights in (WEIGHTS, WEIGHTS.replace("model/", f"model_half_life_{FURTHER}/", 1)):
+        one, other = (load_weights(str(folder / run_name / weights)) for run_name in (name, "unbroken"))
+        assert max(float((one[key] - other[key]).abs().max()) for key in other) < 1e-4
+    metric = f"validation_loss_half_life_{FURTHER}"
+    measured, expected = (series(folder, run_name, metric) for run_name in (name, "unbroken"))
+    assert list(measured) == list(expected) == [0, 32, 64]
+    assert list(measured.values()) == pytest.approx(list(expected.values()), rel=1e-4)
 
 
 def test_another_precision_is_another_run(folder: Path) -> None:

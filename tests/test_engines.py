@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ ZERO: dict[str, dict[str, object]] = {
 }
 KINDS = ["local", *ZERO]
 OPTIM = OptimConfig(lr=1e-2, clip_grad_norm=0.5)
-EMA = EmaConfig(half_life_samples=64, rampup_share=0.5)
+# The first is on its ramp to the end, the second leaves it at the third step, the last at the first.
+EMA = EmaConfig(half_life_samples=64, rampup_share=0.5, further_half_lives=(12, 4))
 HOUSE = Path(__file__).parents[1]
 
 
@@ -127,6 +129,21 @@ def engine_of(kind: str, world: World, folder: Path) -> Engine:
     return build_engine(small_network(), OPTIM, EMA, config, world, BATCH // world.size)
 
 
+def all_weights(engine: Engine) -> dict[str, Tensor]:
+    """Return the weights of every average by half-life and name."""
+    return {f"{each} {name}": weight for each in EMA.half_lives for name, weight in engine.weights(each).items()}
+
+
+@torch.no_grad()
+def averaged_outputs(engine: Engine) -> Tensor:
+    """Return what the network gives under every average, one after another."""
+    outputs = []
+    for half_life in EMA.half_lives:
+        with engine.averaged(half_life):
+            outputs.append(engine.wrapped(rows_of_step(0)[0]))
+    return torch.stack(outputs)
+
+
 def train_and_save(world: World, kinds: list[str], folder: Path) -> None:
     for kind in kinds:
         engine = engine_of(kind, world, folder)
@@ -135,9 +152,7 @@ def train_and_save(world: World, kinds: list[str], folder: Path) -> None:
         phases = engine.stopwatch.take()
         assert set(phases) == set(StepPhase), f"{kind}: {phases}"
         assert all(seconds > 0 for seconds in phases.values())
-        with engine.averaged():
-            averaged_output = engine.wrapped(rows_of_step(0)[0]).detach()
-        content = {"norms": norms, "ema": engine.weights(), "averaged_output": averaged_output}
+        content = {"norms": norms, "ema": all_weights(engine), "averaged_outputs": averaged_outputs(engine)}
         if world.is_main:
             torch.save(content, folder / f"{kind}.pt")
         refuse_what_is_not_finite(engine, world, kind)
@@ -164,14 +179,13 @@ def refuse_what_is_not_finite(engine: Engine, world: World, kind: str) -> None:
 def test_two_ranks_equal_one_for_every_engine_with_accumulation_clipping_and_ema(tmp_path: Path) -> None:
     engine = engine_of("local", alone(), tmp_path)
     norms = train_steps(engine, alone(), range(STEPS))
-    reference = engine.weights()
-    with engine.averaged():
-        averaged_output = engine.wrapped(rows_of_step(0)[0]).detach()
+    reference, outputs = all_weights(engine), averaged_outputs(engine)
+    assert all(float((one - other).abs().max()) > 1e-3 for one, other in combinations(outputs, 2))
     run_ranks(2, train_and_save, KINDS, tmp_path)
     for kind in KINDS:
         found = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
         assert found["norms"] == pytest.approx(norms, rel=1e-5), kind
-        torch.testing.assert_close(found["averaged_output"], averaged_output, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found["averaged_outputs"], outputs, rtol=1e-5, atol=1e-6)
         for name, weight in reference.items():
             torch.testing.assert_close(found["ema"][name], weight, rtol=1e-5, atol=1e-6, msg=f"{kind} {name}")
 
@@ -187,7 +201,7 @@ def resume_and_save(world: World, kinds: list[str], folder: Path) -> None:
         resumed = engine_of(kind, world, folder)
         resumed.load(folder / f"save-{kind}")
         train_steps(resumed, world, range(3, STEPS))
-        left, right = unbroken.weights(), resumed.weights()
+        left, right = all_weights(unbroken), all_weights(resumed)
         assert all(torch.equal(left[name], right[name]) for name in left), f"averages differ under {kind}"
         for mine, other in zip(unbroken.raw.parameters(), resumed.raw.parameters(), strict=True):
             assert torch.equal(held(mine, world), held(other, world)), f"weights differ under {kind}"
@@ -211,7 +225,7 @@ def save_halfway(world: World, kinds: list[str], folder: Path) -> None:
         train_steps(engine, world, range(3))
         place = folder / f"{world.size}-ranks-{kind}"
         engine.save(place)
-        averages = engine.weights()
+        averages = all_weights(engine)
         if world.is_main:
             torch.save(averages, place / "averages")
         world.barrier()
@@ -226,7 +240,7 @@ def go_on_from_each(world: World, kinds: list[str], folder: Path) -> None:
             engine = engine_of(kind, world, folder)
             train_steps(engine, world, range(20, 21))  # what a load must replace, moments too
             engine.load(place)
-            found = engine.weights()
+            found = all_weights(engine)
             assert all(torch.equal(found[name], averages[name]) for name in averages), f"{place.name} in {kind}"
             norms = train_steps(engine, world, range(3, STEPS))
             assert norms == pytest.approx(reference["norms"][3:], rel=1e-5), f"{place.name} in {kind}"
@@ -277,10 +291,11 @@ def test_averages_are_swapped_in_only_for_the_block() -> None:
     engine = LocalEngine(small_network(), OPTIM, EMA, EngineConfig(), alone())
     train_steps(engine, alone(), range(2))
     trained = {name: weight.detach().clone() for name, weight in engine.raw.named_parameters()}
-    with engine.averaged():
-        inside = dict(engine.raw.named_parameters())
-        assert all(torch.equal(inside[name], weight) for name, weight in engine.weights().items())
-        assert not torch.equal(inside["0.weight"], trained["0.weight"])
+    for half_life in (0, *EMA.further_half_lives):
+        with engine.averaged(half_life):
+            inside = dict(engine.raw.named_parameters())
+            assert all(torch.equal(inside[name], weight) for name, weight in engine.weights(half_life).items())
+            assert not torch.equal(inside["0.weight"], trained["0.weight"])
     assert all(torch.equal(weight, trained[name]) for name, weight in engine.raw.named_parameters())
 
 

@@ -88,17 +88,18 @@ def test_twice_the_rows_keep_twice_the_activations_and_checkpointing_keeps_fewer
 
 
 def test_the_local_engine_holds_what_is_forecast_between_two_steps() -> None:
-    engine = LocalEngine(UNet(SMALL), OptimConfig(), EmaConfig(), EngineConfig(), alone())
+    ema = EmaConfig(further_half_lives=(8,))
+    engine = LocalEngine(UNet(SMALL), OptimConfig(), ema, EngineConfig(), alone())
     engine.update([partial(loss_of, SMALL, CASE, engine.raw)], 1e-4, (4, 4))
     passed = replace(traced_unet(SMALL, CASE), peak_bytes=0, peak_with_gradients_bytes=0)
-    found = forecast(Sharding(name="local"), step_of(passed, num_ranks=1))
+    found = forecast(Sharding(name="local"), replace(step_of(passed, num_ranks=1), num_averages=2))
     weights = list(engine.raw.parameters())
     moments = [value for state in engine._optimizer.state.values() for value in state.values() if value.dim()]
     assert found.moment == "update"
     assert found.weights == num_bytes([*weights, *engine.raw.buffers()])
     assert found.gradients == num_bytes([weight.grad for weight in weights])
     assert found.optimizer == num_bytes(moments)
-    assert found.averages == num_bytes(engine.weights().values())
+    assert found.averages == sum(num_bytes(engine.weights(half_life).values()) for half_life in ema.half_lives)
     assert found.buffers == found.host == 0
 
 
@@ -112,7 +113,7 @@ def step_of(passed: Pass, *, num_ranks: int = 8, num_micro_batches: int = 1, is_
         num_ranks=num_ranks,
         num_micro_batches=num_micro_batches,
         weight_bytes=4,
-        has_averages=True,
+        num_averages=1,
         is_on_cpu=is_on_cpu,
     )
 
@@ -206,7 +207,7 @@ def denoising(**changes) -> Denoising:
         "conditioning": ConditioningConfig(),
         "told": TOLD,
         "engine": EngineConfig(),
-        "has_averages": True,
+        "num_averages": 1,
         "num_ranks": 4,
         "num_rows": 8,
         "is_on_cpu": False,

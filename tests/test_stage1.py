@@ -311,6 +311,12 @@ def test_a_codebooks_training_for_kl_is_refused() -> None:
         stage1_config("nowhere", KL, replace(LOSS, codebook=CodebookConfig(beta=1.0)))
 
 
+def test_averages_that_would_not_be_published_are_refused() -> None:
+    config = stage1_config("nowhere")
+    with pytest.raises(ValueError, match=r"ema.further_half_lives must be empty, got \(8,\)"):
+        replace(config, ema=replace(config.ema, further_half_lives=(8,)))
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [

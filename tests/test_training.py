@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.wiring.train_ldm import check_inputs, checkpoint_store, is_done
+from jobs.wiring.sample import SampleConfig, sample_worker
+from jobs.wiring.train_ldm import TrainLdmConfig, check_inputs, checkpoint_store, is_done
 from ldm.interop.weights import load_weights
-from ldm.text_to_image import load_text_to_image
+from ldm.samplers.sample import SamplerConfig
+from ldm.text_to_image import MODEL_FILE, load_card, load_text_to_image
 from ldm.training.checkpoint import KEEP_FILE
-from ldm.training.local_launch import Outcome
+from ldm.training.local_launch import Outcome, ignore
 from ldm.training.state import is_due
 from pipeline.store.manifest import load_manifest
 from tests.ranks import alone
 from tests.tiny_latents import write_autoencoder, write_latents
 from tests.tiny_training import WEIGHTS, longer, run, same_weights, series, stopping_after, tiny_config
 
+FURTHER_WEIGHTS = WEIGHTS.replace("model/", "model_half_life_8/", 1)
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
@@ -131,6 +134,12 @@ def test_a_checkpoint_of_another_configuration_is_refused_naming_each_difference
         run(other)
 
 
+def test_a_checkpoint_of_other_averages_is_refused(folder: Path, unbroken: Outcome) -> None:
+    config = with_further_average(tiny_config(folder, "unbroken"))
+    with pytest.raises(ValueError, match=r"ema.further_half_lives: the checkpoint has None, this run \[8\]"):
+        checkpoint_store(config, load_manifest(config.latents), alone()).check_identity()
+
+
 def test_latents_of_another_autoencoder_are_refused_with_both_digests(folder: Path) -> None:
     write_autoencoder(folder / "other-autoencoder", seed=1)
     config = replace(tiny_config(folder), autoencoder=str(folder / "other-autoencoder"))
@@ -151,6 +160,53 @@ def test_a_finished_training_is_done_and_a_longer_one_is_not(folder: Path, unbro
     assert is_done(config, manifest)
     assert not is_done(longer(config, 128), manifest)
     assert not is_done(tiny_config(folder, "never"), manifest)
+
+
+def with_further_average(config: TrainLdmConfig) -> TrainLdmConfig:
+    return replace(config, ema=replace(config.ema, further_half_lives=(8,)))
+
+
+def test_a_further_average_is_what_it_is_as_the_main_one_and_leaves_that_as_it_is(
+    folder: Path, unbroken: Outcome
+) -> None:
+    config = with_further_average(tiny_config(folder, "both"))
+    both = run(config)["last_validation"]
+    single = tiny_config(folder, "single")
+    alone = run(replace(single, ema=replace(single.ema, half_life_samples=8)))["last_validation"]
+    assert same_weights(folder, "unbroken", "both")
+    further, expected = (load_weights(str(folder / path)) for path in ("both/" + FURTHER_WEIGHTS, "single/" + WEIGHTS))
+    assert all(torch.equal(further[name], expected[name]) for name in expected)
+    assert both == {**unbroken["last_validation"], "validation_loss_half_life_8": alone["validation_loss"]}
+    assert both["validation_loss_half_life_8"] != both["validation_loss"]
+
+
+def test_every_average_is_a_model_to_draw_with_and_what_a_kill_left_out_is_made_up_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = with_further_average(tiny_config(folder, "published", 8))
+    manifest = load_manifest(config.latents)
+    run(config)
+    assert is_done(config, manifest)
+    main, further = Path(config.model_folder), Path(config.model_folders[8])
+    assert [load_card(str(place)).lineage["half_life_samples"] for place in (main, further)] == ["32", "8"]
+    grid = SampleConfig(
+        root=str(tmp_path),
+        record=config.record,
+        model=str(further),
+        prompts=("red",),
+        guidance=(2.0,),
+        sampler=SamplerConfig(num_steps=2),
+    )
+    assert Path(sample_worker(grid, alone(), ignore, lambda: False)["picture"]).is_file()
+    whole = {path: path.read_bytes() for place in (main, further) for path in place.rglob("*") if path.is_file()}
+    assert len(whole) == 2 * 5
+    for killed_in in (main, further):
+        (killed_in / MODEL_FILE).unlink()
+        (killed_in / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"half of it")
+        assert not is_done(config, manifest)
+        run(config)
+        assert is_done(config, manifest)
+        assert all(path.read_bytes() == content for path, content in whole.items())
 
 
 def test_the_finished_model_draws_the_same_image_for_the_same_seed_in_any_batch(

@@ -60,7 +60,7 @@ class Denoising:
         conditioning: what it is told.
         told: the rows.
         engine: what is configured.
-        has_averages: whether a moving average is kept.
+        num_averages: how many moving averages are kept.
         num_ranks: ranks that train together.
         num_rows: rows of a batch on one rank.
         is_on_cpu: whether they train on CPUs.
@@ -70,7 +70,7 @@ class Denoising:
     conditioning: ConditioningConfig
     told: Told
     engine: EngineConfig
-    has_averages: bool
+    num_averages: int
     num_ranks: int
     num_rows: int
     is_on_cpu: bool
@@ -105,7 +105,7 @@ class Denoising:
             num_ranks=self.num_ranks,
             num_micro_batches=len(micro_batches),
             weight_bytes=2 if has_half_weights else 4,
-            has_averages=self.has_averages,
+            num_averages=self.num_averages,
             is_on_cpu=self.is_on_cpu,
         )
 

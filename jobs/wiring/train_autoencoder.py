@@ -99,6 +99,11 @@ class TrainAutoencoderConfig(Config):
             raise ValueError("stage 1 trains two networks in turns: engine.kind is local, without micro-batches")
         if self.engine.precision is Precision.FP16:
             raise ValueError("stage 1 weighs its losses by their gradients, too small for fp16: take bf16 or fp32")
+        if self.ema.further_half_lives:
+            raise ValueError(
+                "stage 1 publishes one autoencoder, that of ema.half_life_samples: ema.further_half_lives must be "
+                f"empty, got {self.ema.further_half_lives}"
+            )
         if self.batch_size % self.num_streams:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of num_streams {self.num_streams}")
 

@@ -94,7 +94,7 @@ class TrainLdmConfig(Config):
     optim: OptimConfig = OptimConfig()
     """Optimizer and learning rate."""
     ema: EmaConfig = EmaConfig()
-    """Moving average of the weights, which is what is validated and used."""
+    """Moving averages of the weights, which are what is validated and used."""
     engine: EngineConfig = EngineConfig()
     """Local engine or DeepSpeed."""
     loop: LoopConfig = LoopConfig()
@@ -128,6 +128,12 @@ class TrainLdmConfig(Config):
     def model_folder(self) -> str:
         """Where the finished model lies."""
         return storage.join(self.root, "model")
+
+    @property
+    def model_folders(self) -> dict[int, str]:
+        """Where the models of all averages lie, by half-life in samples; the main one comes last."""
+        further = {each: storage.join(self.root, f"model_half_life_{each}") for each in self.ema.further_half_lives}
+        return {**further, self.ema.half_life_samples: self.model_folder}
 
     def identity(self, manifest: Manifest) -> dict[str, object]:
         """Return what a checkpoint must have been made with to be resumed; lengths and intervals may change."""
@@ -219,6 +225,7 @@ def train_ldm_worker(
         seed=config.seed,
         preview=_preview(config, engine, manifest, world, held_out),
         row_flops=training.row_flops,
+        further_half_lives=config.ema.further_half_lives,
     )
     around = Surroundings(
         world=world,
@@ -245,12 +252,13 @@ def checkpoint_store(config: TrainLdmConfig, manifest: Manifest, world: World) -
 
 
 def is_done(config: TrainLdmConfig, manifest: Manifest) -> bool:
-    """Say whether the finished model is there, made of these latents by this configuration."""
-    if not storage.exists(storage.join(config.model_folder, MODEL_FILE)):
+    """Say whether the finished model of every average is there, made of these latents by this configuration."""
+    folders = config.model_folders.values()
+    if not all(storage.exists(storage.join(folder, MODEL_FILE)) for folder in folders):
         return False
-    lineage = load_card(config.model_folder).lineage
-    is_same = lineage.get("latents_digest") == manifest.digest
-    return is_same and int(lineage.get("samples_seen", 0)) >= config.loop.total_samples
+    lineages = [load_card(folder).lineage for folder in folders]
+    is_same = all(lineage.get("latents_digest") == manifest.digest for lineage in lineages)
+    return is_same and all(int(each.get("samples_seen", 0)) >= config.loop.total_samples for each in lineages)
 
 
 def num_parameters(config: TrainLdmConfig) -> int:
@@ -297,7 +305,7 @@ def _denoising(config: TrainLdmConfig, manifest: Manifest, num_ranks: int, *, is
         conditioning=config.conditioning,
         told=told_of(manifest, config.image_size),
         engine=config.engine,
-        has_averages=config.ema.half_life_samples > 0,
+        num_averages=len(config.ema.half_lives),
         num_ranks=num_ranks,
         num_rows=config.batch_size // num_ranks,
         is_on_cpu=is_on_cpu,
@@ -311,7 +319,11 @@ def row_conditions(config: TrainLdmConfig, manifest: Manifest) -> RowConditions:
 
 
 def _card(
-    config: TrainLdmConfig, manifest: Manifest, digests: tuple[str, str] = ("", ""), samples_seen: int = 0
+    config: TrainLdmConfig,
+    manifest: Manifest,
+    digests: tuple[str, str] = ("", ""),
+    samples_seen: int = 0,
+    half_life: int = 0,
 ) -> ModelCard:
     space = latent_space(manifest)
     return ModelCard(
@@ -337,6 +349,7 @@ def _card(
             "autoencoder_digest": str(manifest.identity["autoencoder"]),
             "config_digest": config.digest(),
             "samples_seen": str(samples_seen),
+            "half_life_samples": str(half_life),
         },
     )
 
@@ -369,15 +382,17 @@ def _held_out_condition(config: TrainLdmConfig, manifest: Manifest, held_out: La
 
 
 def _publish(config: TrainLdmConfig, manifest: Manifest, engine: Engine, samples_seen: int, world: World) -> None:
-    """Write the model folder; the description goes first, comes back last, and makes it whole."""
-    weights = engine.weights()
-    if not world.is_main:
-        return
-    keep_model(config.model_folder)  # a registered version may point to it
-    storage.remove_file(storage.join(config.model_folder, MODEL_FILE))
-    save_denoiser(config.unet, config.conditioning, weights, config.model_folder)
-    save_autoencoder(load_autoencoder(config.autoencoder), storage.join(config.model_folder, AUTOENCODER_FOLDER))
-    digests = denoiser_digests(config.unet, config.conditioning, weights)
-    card = _card(config, manifest, digests, samples_seen)
-    save_card(card, config.model_folder)
-    logger.info("model %s in %s", model_digest(card), config.model_folder)
+    """Write the models of all averages; a description goes first, comes back last, and makes its folder whole."""
+    if world.is_main:
+        keep_model(config.model_folder)  # a registered version may point to it
+    for half_life, folder in config.model_folders.items():
+        weights = engine.weights(half_life)
+        if not world.is_main:
+            continue
+        storage.remove_file(storage.join(folder, MODEL_FILE))
+        save_denoiser(config.unet, config.conditioning, weights, folder)
+        save_autoencoder(load_autoencoder(config.autoencoder), storage.join(folder, AUTOENCODER_FOLDER))
+        digests = denoiser_digests(config.unet, config.conditioning, weights)
+        card = _card(config, manifest, digests, samples_seen, half_life)
+        save_card(card, folder)
+        logger.info("model %s in %s", model_digest(card), folder)

@@ -18,13 +18,12 @@ from ldm.config import Config
 from ldm.training.attempts import read_attempts
 from ldm.training.local_launch import LaunchConfig, Outcome, Where, ignore, run_here
 from ldm.training.loop import Progress
+from ldm.training.memory import FP32, MOMENTS
 from ldm.training.page import DataInput, write_inputs
 from pipeline.store.manifest import Manifest
 from pipeline.store.schema import Split
 
 TrainingConfig = TrainAutoencoderConfig | TrainLdmConfig
-CHECKPOINT_BYTES_PER_WEIGHT = 16
-"""Weight, two moments of Adam and the average, each of four bytes."""
 
 
 def run_training(
@@ -57,7 +56,8 @@ def run_training(
     if is_main_process():
         # One more than stay: the next is written before the oldest goes.
         num_checkpoints = config.loop.keep_checkpoints + 1 + config.loop.num_kept_for_good
-        storage.check_writable(config.root, num_checkpoints * num_parameters * CHECKPOINT_BYTES_PER_WEIGHT)
+        bytes_per_weight = FP32 + MOMENTS + FP32 * len(config.ema.half_lives)
+        storage.check_writable(config.root, num_checkpoints * num_parameters * bytes_per_weight)
         storage.check_writable(config.record)
         save_run_config(config, config.root)
         save_run_config(config, config.record)

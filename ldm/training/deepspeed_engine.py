@@ -2,8 +2,8 @@
 
 What DeepSpeed owns (stage, offload, buckets) is read from a JSON file; batch, precision, clipping and learning rate
 are ours, and a file that sets them too is refused. Under stages 1 to 3 a process holds its slices of the float32
-weights, of their moments and of the moving average in flat tensors, one for each of DeepSpeed's groups; checkpoints are
-fragments of them, which any engine on any number of processes reads (`ldm.training.fragments`). Stage 0 is data
+weights, of their moments and of each moving average in flat tensors, one for each of DeepSpeed's groups; checkpoints
+are fragments of them, which any engine on any number of processes reads (`ldm.training.fragments`). Stage 0 is data
 parallel as the local engine is: whole weights in float32, the forward pass in the precision asked for.
 """
 
@@ -25,7 +25,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from ldm import storage
-from ldm.training.ema import Ema, EmaConfig, swapped_in
+from ldm.training.ema import Ema, EmaConfig, averages_of, swapped_in
 from ldm.training.engine import (
     FIRST_LOSS_SCALE,
     LOSS_SCALE_STEPS,
@@ -36,7 +36,6 @@ from ldm.training.engine import (
     loss_scaler,
 )
 from ldm.training.fragments import (
-    AVERAGE,
     MOMENTS,
     WEIGHT,
     Fragment,
@@ -212,33 +211,33 @@ class DeepSpeedEngine:
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._world.device)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Run a block with the averaged weights in `raw`: under stage 3 in the slices, and whole where weights are."""
-        if self._ema is None:
+    def averaged(self, half_life: int = 0) -> Iterator[None]:
+        """Run a block with averaged weights in `raw`: under stage 3 in the slices, and whole where weights are."""
+        averages = averages_of(self._ema, half_life)
+        if not averages:
             yield
             return
         if self._stage < 3:
-            with swapped_in(self._weights, {name: self._whole(name, AVERAGE) for name in self._trained()}):
+            with swapped_in(self._weights, {name: self._whole(name, averages) for name in self._trained()}):
                 yield
             return
-        slices, averages = self._slices(), self._ema.averages
+        slices, flats = self._slices(), list(averages.values())
         held = {name: weight.ds_tensor.narrow(0, 0, slices[name].numel) for name, weight in self._trained().items()}
         resident = [n for n, w in self._trained().items() if w.ds_status is ZeroParamStatus.AVAILABLE]
         with (
-            swapped_in(held, {name: slices[name].of(averages) for name in held}),
+            swapped_in(held, {name: slices[name].of(flats) for name in held}),
             swapped_in(
                 {name: self._weights[name].data for name in resident},
-                {name: self._whole(name, AVERAGE) for name in resident},
+                {name: self._whole(name, averages) for name in resident},
             ),
         ):
             yield
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the whole averaged weights, float32 on the CPU."""
-        part = WEIGHT if self._ema is None else AVERAGE
-        trained = self._trained()
+    def weights(self, half_life: int = 0) -> dict[str, Tensor]:
+        """Return the whole averaged weights, float32 on the CPU; see `Engine.weights`."""
+        averages, trained = averages_of(self._ema, half_life), self._trained()
         return {
-            name: (self._whole(name, part) if name in trained else weight.detach()).float().cpu().clone()
+            name: (self._whole(name, averages) if name in trained else weight.detach()).float().cpu().clone()
             for name, weight in self._weights.items()
         }
 
@@ -292,13 +291,13 @@ class DeepSpeedEngine:
         return found
 
     def _fragments(self) -> dict[str, Fragment]:
+        averages = {} if self._ema is None else self._ema.parts()
         if self._stage == 0:
-            return whole_fragments(self._weights, self._optimizer, {} if self._ema is None else self._ema.state_dict())
+            return whole_fragments(self._weights, self._optimizer, averages)
         flats = self._flats()
         states = [self._optimizer.state.get(flat, {}) for flat in flats]
         parts = {WEIGHT: flats, **{m: [state[m] for state in states] for m in MOMENTS if all(states)}}
-        if self._ema is not None:
-            parts[AVERAGE] = self._ema.averages
+        parts |= {part: list(average.values()) for part, average in averages.items()}
         return {
             name: Fragment(
                 start=held.start,
@@ -308,16 +307,16 @@ class DeepSpeedEngine:
             for name, held in self._slices().items()
         }
 
-    def _whole(self, name: str, part: str) -> Tensor:
-        """Return a whole weight or average, float32, put together from every process's slice."""
+    def _whole(self, name: str, averages: dict[str, Tensor]) -> Tensor:
+        """Return a whole average, or weight where there are none, float32, put together from every process's slice."""
         weight = self._weights[name]
         if self._stage == 0:
-            return weight.detach() if part == WEIGHT or self._ema is None else self._ema.state_dict()[name]
+            return averages[name] if averages else weight.detach()
         shape = shapes_of({name: weight})[name]
         whole = torch.zeros(math.prod(shape), device=self._world.device)
         held = self._slices().get(name)
         if held is not None:
-            flats = self._flats() if part == WEIGHT or self._ema is None else self._ema.averages
+            flats = list(averages.values()) or self._flats()
             whole.narrow(0, held.start, held.numel).copy_(held.of(flats).detach())
         torch.distributed.all_reduce(whole)
         return whole.view(shape)

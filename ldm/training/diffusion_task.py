@@ -167,6 +167,7 @@ class DiffusionTask:
         seed: of all draws.
         preview: draws sample images with the current weights, or None.
         row_flops: (rows, columns) of a latent → FLOPs of a row's forward and backward pass.
+        further_half_lives: of the averages that are validated beside the main one, in samples.
     """
 
     engine: Engine
@@ -180,6 +181,7 @@ class DiffusionTask:
     seed: int
     preview: Callable[[], dict[str, Image]] | None
     row_flops: Callable[[tuple[int, int]], float] = _unknown_flops
+    further_half_lives: tuple[int, ...] = ()
 
     @property
     def engines(self) -> Mapping[str, Engine]:
@@ -212,15 +214,22 @@ class DiffusionTask:
         return len(batch.keys) * self.row_flops((height, width))
 
     def validate(self) -> dict[str, float]:
-        """Return the denoising loss on held-out rows with the averaged weights: of all timesteps, and by band."""
+        """Return the denoising loss on held-out rows with the averaged weights: of all timesteps, and by band.
+
+        That of every further average is of all timesteps only.
+        """
+        bands = self.objective.validation_bands
         with self.engine.averaged():
-            measured = self._validation_losses("validation_loss")
+            measured = self._validation_losses("validation_loss", bands)
+        for half_life in self.further_half_lives:
+            with self.engine.averaged(half_life):
+                measured |= self._validation_losses(f"validation_loss_half_life_{half_life}", num_bands=0)
         if self.objective.has_raw_validation:
-            measured |= self._validation_losses("validation_loss_raw")
+            measured |= self._validation_losses("validation_loss_raw", bands)
         return measured
 
     @torch.no_grad()
-    def _validation_losses(self, name: str) -> dict[str, float]:
+    def _validation_losses(self, name: str, num_bands: int) -> dict[str, float]:
         num_rows = usable_rows(min(self.held_out.num_rows, self.objective.validation_rows))
         measure = Denoising(
             schedule=self._schedule, prediction=self.objective.prediction, space=self.space, num_rows=num_rows
@@ -236,7 +245,7 @@ class DiffusionTask:
                 losses[rows.samples.to(losses.device)] = found
         losses = self.world.total(losses).cpu()
         measured = {name: float(losses.mean())}
-        num_bands = min(self.objective.validation_bands, num_rows)
+        num_bands = min(num_bands, num_rows)
         if num_bands > 1:  # timesteps grow with the row's number
             bands = enumerate(losses.tensor_split(num_bands))
             measured |= {f"{name}_band_{number}": float(band.mean()) for number, band in bands}

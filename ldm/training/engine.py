@@ -1,7 +1,7 @@
 """Engines: how a module's gradients become new weights on one process or many.
 
 Order of an update: for each micro-batch forward and backward (gradients synchronised at the last) → clip → optimizer →
-EMA. An engine owns one module, its optimizer and its average; a task owns one engine for each network that it trains.
+EMA. An engine owns one module, its optimizer and its averages; a task owns one engine for each network that it trains.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.config import Config, added_later
-from ldm.training.ema import Ema, EmaConfig, swapped_in
+from ldm.training.ema import Ema, EmaConfig, averages_of, swapped_in
 from ldm.training.fragments import begin_moments, load_fragments, save_fragments, shapes_of, whole_fragments
 from ldm.training.optim import OptimConfig, build_optimizer, leave_out, set_learning_rate
 from ldm.training.stopwatch import StepPhase, Stopwatch
@@ -109,12 +109,20 @@ class Engine(Protocol):
         """
         ...
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """Run a block with the averaged weights in `raw`. All processes enter it together."""
+    def averaged(self, half_life: int = 0) -> AbstractContextManager[None]:
+        """Run a block with averaged weights in `raw`. All processes enter it together.
+
+        Args:
+            half_life: of which average, in samples; 0 for the main one.
+        """
         ...
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the whole averaged weights, float32 on the CPU. All processes call it together."""
+    def weights(self, half_life: int = 0) -> dict[str, Tensor]:
+        """Return the whole averaged weights, float32 on the CPU. All processes call it together.
+
+        Args:
+            half_life: of which average, in samples; 0 for the main one.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -174,13 +182,13 @@ class LocalEngine:
         watch.end()
         return norm
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """Run a block with the averaged weights in `raw`."""
-        return nullcontext() if self._ema is None else swapped_in(dict(self.raw.named_parameters()), self._averages())
+    def averaged(self, half_life: int = 0) -> AbstractContextManager[None]:
+        """Run a block with averaged weights in `raw`; see `Engine.averaged`."""
+        return swapped_in(dict(self.raw.named_parameters()), averages_of(self._ema, half_life))
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the averaged weights, float32 on the CPU."""
-        source = self._averages() or dict(self.raw.named_parameters())
+    def weights(self, half_life: int = 0) -> dict[str, Tensor]:
+        """Return the averaged weights, float32 on the CPU; see `Engine.weights`."""
+        source = averages_of(self._ema, half_life) or dict(self.raw.named_parameters())
         return {name: weight.detach().float().cpu().clone() for name, weight in source.items()}
 
     def save(self, folder: Path) -> None:
@@ -188,7 +196,7 @@ class LocalEngine:
         if not self._world.is_main:
             return
         weights = dict(self.raw.named_parameters())
-        fragments = whole_fragments(weights, self._optimizer, self._averages())
+        fragments = whole_fragments(weights, self._optimizer, self._parts())
         extra = {"buffers": buffers_of(self.raw), "scaler": self._scaler.state_dict()}
         save_fragments(folder, self._world.rank, fragments, shapes_of(weights), extra)
 
@@ -197,15 +205,15 @@ class LocalEngine:
         weights = dict(self.raw.named_parameters())
         for weight in weights.values():
             begin_moments(self._optimizer, weight, 0.0)
-        fragments = whole_fragments(weights, self._optimizer, self._averages())
+        fragments = whole_fragments(weights, self._optimizer, self._parts())
         loaded = load_fragments(folder, fragments, shapes_of(weights))
         for name, weight in weights.items():
             begin_moments(self._optimizer, weight, loaded.steps.get(name, 0.0))
         self.raw.load_state_dict(loaded.extra["buffers"], strict=False)
         self._scaler.load_state_dict(loaded.extra["scaler"])
 
-    def _averages(self) -> dict[str, Tensor]:
-        return {} if self._ema is None else self._ema.state_dict()
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        return {} if self._ema is None else self._ema.parts()
 
     def _maybe_unsynchronised(self, is_last: bool) -> AbstractContextManager[None]:
         if isinstance(self.wrapped, DistributedDataParallel) and not is_last:

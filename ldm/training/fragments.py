@@ -1,6 +1,6 @@
 """Pieces of weights and of what belongs to them, in a form that any engine reads on any number of processes.
 
-A weight is flattened; a process holds elements start to stop of it, and of its moments and its average the same ones.
+A weight is flattened; a process holds elements start to stop of it, and of its moments and averages the same ones.
 Order of a save: each process that holds something of its own writes one file. Order of a load: each process maps all
 files and copies from them what overlaps with its own pieces, one at a time.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 WEIGHT, AVERAGE = "weight", "average"
+"""A weight and its main average; a further one is `average_` and its half-life in samples."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by the names that torch gives them."""
 PATTERN = "fragments-*.pt"
@@ -28,8 +29,8 @@ class Fragment:
 
     Attributes:
         start: its first element in the flattened weight.
-        parts: the weight, its moments and its average: live tensors of the same number of elements, of the weight's own
-            shape where all of it is held, else of one dimension.
+        parts: the weight, its moments and its averages: live tensors of the same number of elements, of the weight's
+            own shape where all of it is held, else of one dimension.
         steps: the steps that its optimizer has made with it.
     """
 
@@ -106,9 +107,15 @@ def load_fragments(folder: Path, fragments: Mapping[str, Fragment], shapes: Shap
 
 
 def whole_fragments(
-    weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, averages: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Fragment]:
-    """Return the fragments of a process that holds all of every weight."""
+    """Return the fragments of a process that holds all of every weight.
+
+    Args:
+        weights: by name.
+        optimizer: what holds their moments.
+        averages: by part, then by the weights' names.
+    """
     stepped = {name: optimizer.state[weight] for name, weight in weights.items() if weight in optimizer.state}
     counts = torch.stack([state["step"] for state in stepped.values()]).tolist() if stepped else []
     steps = dict(zip(stepped, counts, strict=True))
@@ -117,7 +124,7 @@ def whole_fragments(
             parts={
                 WEIGHT: weight,
                 **{moment: state[moment] for moment in MOMENTS if (state := stepped.get(name))},
-                **({AVERAGE: averages[name]} if name in averages else {}),
+                **{part: average[name] for part, average in averages.items()},
             },
             steps=steps.get(name, 0.0),
         )

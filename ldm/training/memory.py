@@ -67,7 +67,7 @@ class Step:
         num_ranks: ranks that train together.
         num_micro_batches: micro-batches of a step.
         weight_bytes: of a weight as the network computes with it.
-        has_averages: whether a moving average is kept.
+        num_averages: how many moving averages are kept.
         is_on_cpu: whether the device is the host; there a bucket takes only what is written to it, and gloo copies.
     """
 
@@ -75,7 +75,7 @@ class Step:
     num_ranks: int
     num_micro_batches: int
     weight_bytes: int
-    has_averages: bool
+    num_averages: int
     is_on_cpu: bool
 
 
@@ -169,7 +169,7 @@ def _local(step: Step) -> Iterator[Memory]:
     always = Memory(
         weights=size + passed.frozen_bytes,
         optimizer=passed.num_weights * MOMENTS,
-        averages=size * step.has_averages,
+        averages=size * step.num_averages,
         buffers=size if step.num_ranks > 1 else 0,
     )
     yield _backward(always, step, size)
@@ -182,7 +182,7 @@ def _stage_0(step: Step) -> Iterator[Memory]:
     always = Memory(
         weights=size + passed.frozen_bytes,
         optimizer=passed.num_weights * MOMENTS,
-        averages=size * step.has_averages,
+        averages=size * step.num_averages,
     )
     yield _backward(always, step, size)
     yield replace(always, moment="reduction", gradients=size, buffers=min(size, STAGE_0_BUCKET * FP32))
@@ -200,7 +200,7 @@ def _stage_1_or_2(sharding: Sharding, step: Step) -> Iterator[Memory]:
     always = Memory(
         weights=size + passed.frozen_bytes,
         optimizer=share * (FP32 + MOMENTS),
-        averages=share * FP32 * step.has_averages,
+        averages=share * FP32 * step.num_averages,
     )
     converted = share * (each if each == FP32 else each + FP32)
     if sharding.has_optimizer_on_host:
@@ -238,7 +238,7 @@ def _stage_3(sharding: Sharding, step: Step) -> Iterator[Memory]:
         weights=(share + small) * each + passed.frozen_bytes,
         gradients=share * each,
         optimizer=share * (FP32 + MOMENTS),
-        averages=share * FP32 * step.has_averages,
+        averages=share * FP32 * step.num_averages,
         buffers=bucket,
     )
     converted = share * (each if each == FP32 else each + FP32)
