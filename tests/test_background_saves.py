@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from ldm import storage
 from ldm.training.checkpoint import LATEST_FILE, STATE_FILE
-from ldm.training.full_disk import OtherRankError
 from ldm.training.record import RECORD_FILE, Record
 from ldm.training.saved_state import Resumable, SavedState
 from ldm.training.snapshot import HostMemory, Snapshot
@@ -159,16 +157,16 @@ def train_both_ways(world: World, stages: list[int | None], folder: Path) -> Non
             root = folder / f"{stage}-{in_background}"
             loop = {"max_lost_steps": 3, "max_rollbacks": 2, "keep_checkpoints": 100}
             state = small_training(task, world, root, saves_in_background=in_background, **loop)
-            assert state.passed_over == [[32, 56], [16, 80]], stage
+            assert state.rollbacks > 0, stage
             live = {f"rank-{world.rank}": task.engine.snapshot()}
             copies = HostMemory().copied(live)
             assert digests(live, root / "live" / f"{world.rank}") == digests(copies, root / "copy" / f"{world.rank}")
             world.barrier()
             found.append((published(root), tensors_of(root), task.weights(world)))
         left, right = found
+        assert [c["state"] for c in left[0].values()] == [c["state"] for c in right[0].values()]
         if stage != 3:  # what fills up the last slices is memory as it was found
             assert left[0] == right[0], stage  # with the digests of all files
-        assert list(left[0]) == list(right[0])
         assert len(left[0]) > 3
         for one, other in zip(left[1:], right[1:], strict=True):
             assert one.keys() == other.keys()
@@ -209,14 +207,15 @@ def test_a_stop_waits_for_what_is_being_written_and_saves_where_it_stands(tmp_pa
 
 
 def train_and_be_killed_while_writing(world: World, folder: Path) -> None:
-    """Train, but rank 1's process is killed amid the third save, while both are already in later steps."""
+    """Train, but the last rank's process is killed amid the third save, while all are already in later steps."""
     is_later = threading.Event()
 
     def be_killed() -> None:
         assert is_later.wait(WAIT_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    task = sluggish_task(world, folder, {3: be_killed} if world.rank else {})
+    is_last = world.rank == world.size - 1
+    task = sluggish_task(world, folder, {3: be_killed} if is_last else {})
     task.begins = lambda samples_seen: is_later.set() if samples_seen == 56 else None
     small_training(task, world, folder / "killed", saves_in_background=True)
 
@@ -231,30 +230,17 @@ def go_on_and_compare(world: World, folder: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_process_killed_while_it_writes_loses_that_checkpoint_only(tmp_path: Path) -> None:
-    assert exit_codes(2, train_and_be_killed_while_writing, tmp_path)[1] == -signal.SIGKILL
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_process_killed_while_it_writes_loses_that_checkpoint_only(size: int, tmp_path: Path) -> None:
+    assert exit_codes(size, train_and_be_killed_while_writing, tmp_path)[-1] == -signal.SIGKILL
     assert sorted(published(tmp_path / "killed")) == [16, 32]
     assert (tmp_path / "killed" / LATEST_FILE).read_text() == f"{32:012d}"
     assert (tmp_path / "killed" / f".{48:012d}.partial").is_dir()
-    run_ranks(2, go_on_and_compare, tmp_path)
+    if size == 1:
+        go_on_and_compare(alone(), tmp_path)
+    else:
+        run_ranks(size, go_on_and_compare, tmp_path)
     assert not list((tmp_path / "killed").glob(".*"))
-
-
-def lose_the_place(world: World, folder: Path) -> None:
-    def fail() -> None:
-        raise OSError(errno.EIO, "the place is gone")
-
-    for in_background in (False, True):
-        task = sluggish_task(world, folder, {2: fail} if world.rank else {})
-        kind, said = (OSError, "the place is gone") if world.rank else (OtherRankError, "^rank 1: OSError .*is gone")
-        with pytest.raises(kind, match=said):
-            small_training(task, world, folder / f"{in_background}", saves_in_background=in_background)
-        world.barrier()
-        assert sorted(published(folder / f"{in_background}")) == [16]
-
-
-def test_all_ranks_end_where_one_can_not_write(tmp_path: Path) -> None:
-    run_ranks(2, lose_the_place, tmp_path)
 
 
 def test_a_run_that_fails_leaves_no_thread_that_writes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.training.full_disk import OtherRankError
 from ldm.training.saved_state import Resumable
 from ldm.training.snapshot import Snapshot
 from ldm.training.world import World
@@ -89,8 +91,41 @@ def fill_up_on_one_rank(world: World, folder: Path) -> None:
         assert contents(root) == ["000000000016", "latest"]
 
 
-def test_all_ranks_end_with_the_message_of_the_one_whose_disk_is_full(tmp_path: Path) -> None:
-    run_ranks(2, fill_up_on_one_rank, tmp_path)
+class Unwritable:
+    """What can't be written, as if the disk below it were gone."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise OSError(errno.EIO, "the disk is gone")
+
+
+class Vanishing(Swelling):
+    """A part of a run whose disk is gone at the second save."""
+
+    def snapshot(self) -> Snapshot:
+        swollen = super().snapshot()
+        return Snapshot(files=dict.fromkeys(swollen.files, Unwritable())) if self._num_saves == 2 else swollen
+
+
+def lose_the_disk_on_one_rank(world: World, folder: Path) -> None:
+    for in_background in (False, True):
+        root = folder / f"lost-{in_background}"
+        task = swelling_task(world, folder, {})
+        if world.rank:
+            task.part = Vanishing("part-1", {})
+        kind, said = (OSError, "the disk is gone") if world.rank else (OtherRankError, "^rank 1: OSError .*is gone")
+        with pytest.raises(kind, match=said):
+            small_training(task, world, root, saves_in_background=in_background)
+        world.barrier()
+        assert (root / "latest").read_text() == "000000000016"
+
+
+def lack_a_disk_on_one_rank(world: World, folder: Path) -> None:
+    fill_up_on_one_rank(world, folder)
+    lose_the_disk_on_one_rank(world, folder)
+
+
+def test_all_ranks_end_with_the_words_of_the_one_whose_disk_is_full_or_gone(tmp_path: Path) -> None:
+    run_ranks(2, lack_a_disk_on_one_rank, tmp_path)
 
 
 def test_what_a_killed_writer_left_is_taken_away(tmp_path: Path) -> None:
