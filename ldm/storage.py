@@ -277,11 +277,16 @@ def download(source: str, target: Path, sha256: str) -> bool:
 def synchronise(folder: Path) -> None:
     """Wait until all files of a local folder are on its disk."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        synchronise_file(path)
+
+
+def synchronise_file(path: Path) -> None:
+    """Wait until a local file, or a folder's list of names, is on its disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_file(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.training.full_disk import OtherRankError
 from ldm.training.saved_state import Resumable
+from ldm.training.snapshot import Snapshot
 from ldm.training.world import World
 from tests.ranks import alone, run_ranks
 from tests.small_task import TOTAL, SmallTask, small_engine, small_training
@@ -26,10 +29,10 @@ class Swelling:
         self._sizes = sizes
         self._num_saves = 0
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def snapshot(self) -> Snapshot:
         self._num_saves += 1
-        torch.save(torch.zeros(self._sizes.get(self._num_saves, 0), dtype=torch.uint8), folder / f"{self._name}.pt")
+        content = torch.zeros(self._sizes.get(self._num_saves, 0), dtype=torch.uint8)
+        return Snapshot(files={f"{self._name}.pt": content})
 
     def load(self, folder: Path) -> None:
         torch.load(folder / f"{self._name}.pt", weights_only=True)
@@ -55,8 +58,9 @@ def contents(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 def test_a_disk_that_fills_up_in_the_middle_leaves_the_last_checkpoint_which_is_gone_on_from(
-    tmp_path: Path, small_disk: Path
+    tmp_path: Path, small_disk: Path, in_background: bool
 ) -> None:
     root = small_disk / "run"
     with pytest.raises(
@@ -64,7 +68,8 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_the_last_checkpoint_which_is_
         match=rf"{root} took no more while the checkpoint of sample 48 was written \(rank 0: .*MB were free\): make "
         "room and start the same command again; it goes on from sample 32",
     ):
-        small_training(swelling_task(alone(), tmp_path, {3: TOO_MUCH}), alone(), root)
+        task = swelling_task(alone(), tmp_path, {3: TOO_MUCH})
+        small_training(task, alone(), root, saves_in_background=in_background)
     assert contents(root) == ["000000000016", "000000000032", "latest"]
     again = swelling_task(alone(), tmp_path, {})
     assert small_training(again, alone(), root).samples_seen == TOTAL
@@ -75,17 +80,52 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_the_last_checkpoint_which_is_
 
 
 def fill_up_on_one_rank(world: World, folder: Path) -> None:
-    task = swelling_task(world, folder, {2: 1_000_000 * world.rank})
     if world.rank:  # a quota on the size of files stands in for its disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
-    with pytest.raises(ValueError, match=r"checkpoint of sample 32 was written \(rank 1: .*goes on from sample 16"):
-        small_training(task, world, folder / "run")
-    world.barrier()
-    assert contents(folder / "run") == ["000000000016", "latest"]
+    for in_background in (False, True):
+        root = folder / f"run-{in_background}"
+        task = swelling_task(world, folder, {2: 1_000_000 * world.rank})
+        with pytest.raises(ValueError, match=r"checkpoint of sample 32 was written \(rank 1: .*goes on from sample 16"):
+            small_training(task, world, root, saves_in_background=in_background)
+        world.barrier()
+        assert contents(root) == ["000000000016", "latest"]
 
 
-def test_all_ranks_end_with_the_message_of_the_one_whose_disk_is_full(tmp_path: Path) -> None:
-    run_ranks(2, fill_up_on_one_rank, tmp_path)
+class Unwritable:
+    """What can't be written, as if the disk below it were gone."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise OSError(errno.EIO, "the disk is gone")
+
+
+class Vanishing(Swelling):
+    """A part of a run whose disk is gone at the second save."""
+
+    def snapshot(self) -> Snapshot:
+        swollen = super().snapshot()
+        return Snapshot(files=dict.fromkeys(swollen.files, Unwritable())) if self._num_saves == 2 else swollen
+
+
+def lose_the_disk_on_one_rank(world: World, folder: Path) -> None:
+    for in_background in (False, True):
+        root = folder / f"lost-{in_background}"
+        task = swelling_task(world, folder, {})
+        if world.rank:
+            task.part = Vanishing("part-1", {})
+        kind, said = (OSError, "the disk is gone") if world.rank else (OtherRankError, "^rank 1: OSError .*is gone")
+        with pytest.raises(kind, match=said):
+            small_training(task, world, root, saves_in_background=in_background)
+        world.barrier()
+        assert (root / "latest").read_text() == "000000000016"
+
+
+def lack_a_disk_on_one_rank(world: World, folder: Path) -> None:
+    fill_up_on_one_rank(world, folder)
+    lose_the_disk_on_one_rank(world, folder)
+
+
+def test_all_ranks_end_with_the_words_of_the_one_whose_disk_is_full_or_gone(tmp_path: Path) -> None:
+    run_ranks(2, lack_a_disk_on_one_rank, tmp_path)
 
 
 def test_what_a_killed_writer_left_is_taken_away(tmp_path: Path) -> None:

@@ -94,10 +94,11 @@ def train_in(world: World, config: TrainLdmConfig, num_steps: int) -> None:
     train_ldm_worker(config, world, ignore, stop_after(num_steps))
 
 
-def test_two_ranks_store_their_slices_and_go_on_from_them(folder: Path, s3_root: str) -> None:
+def test_two_ranks_store_their_slices_in_the_background_and_go_on_from_them(folder: Path, s3_root: str) -> None:
     whole = with_engine(tiny_config(folder, "two-ranks"), 2, folder)
     run_ranks(2, train_in, whole, 0)
-    stopped = replace(whole, root=f"{s3_root}/two-ranks")
+    behind = replace(whole.loop, saves_in_background=True)
+    stopped = replace(whole, root=f"{s3_root}/two-ranks", loop=behind)
     run_ranks(2, train_in, stopped, 3)
     names = storage.list_files(f"{stopped.root}/checkpoints/000000000024/unet")
     assert names == ["fragments-00000.pt", "fragments-00001.pt"]

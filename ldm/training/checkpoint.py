@@ -2,7 +2,8 @@
 
 Order of a save: every process writes its files beside the target → their digests are gathered → the main process writes
 `state.json` with them, renames the folder and writes `latest` last → older ones beyond the last N are removed, but for
-those that hold a file `keep`: the loop leaves one in every K-th sample's, and a person may in any.
+those that hold a file `keep`: the loop leaves one in every K-th sample's, and a person may in any. In the background, a
+copy of the state is taken first, a thread of each process writes from it, and the rest is done when all have written.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,9 @@ from typing import Any
 
 from ldm import storage
 from ldm.training.full_disk import FullDiskError, written_by_all
+from ldm.training.pending import Parts, Pending, Published, Written, in_thread, write_parts
 from ldm.training.saved_state import Resumable
+from ldm.training.snapshot import HostMemory
 from ldm.training.state import TrainState
 from ldm.training.world import World
 
@@ -47,6 +51,8 @@ class CheckpointStore:
         self._latest_saved = ""
         self.damaged: list[str] = []
         self._world = world
+        self._memory = HostMemory()
+        self._pending: Pending | None = None
 
     def save(
         self,
@@ -67,16 +73,81 @@ class CheckpointStore:
         Raises:
             ValueError: in every process, if a disk took no more; the last checkpoint stands.
         """
-        name = f"{state.samples_seen:012d}"
+        self.finish()
+        name = _name_of(state)
         if self._world.any(name == self._latest_saved):
             return  # a stop that falls on a checkpoint: the same state is there
         replaced = self.names()[-1:] if in_place_of_latest else []
+        self._prepare(name)
+        write = partial(write_parts, _parts(engines), self._place_of_parts(name))
+        self._publish(write, state, replaced, is_kept=is_kept)
+
+    def begin(self, engines: Mapping[str, Resumable], state: TrainState, *, is_kept: bool = False) -> None:
+        """Take a copy of the state and begin to write it in the background; all processes call it together.
+
+        It counts for nothing until `finish`, `save` or another `begin` publishes it.
+
+        Args:
+            engines: the parts of the run, by name.
+            state: where it stands.
+            is_kept: whether this checkpoint stays for good.
+
+        Raises:
+            ValueError: in every process, if a disk takes no more; the last checkpoint stands.
+        """
+        self.finish()
+        started = time.monotonic()
+        name = _name_of(state)
+        if self._world.any(name == self._latest_saved):
+            return
+        self._prepare(name)
+        copies = self._memory.copied(_parts(engines))
+        writing = in_thread(partial(write_parts, copies, self._place_of_parts(name)))
+        taking_seconds = time.monotonic() - started
+        self._pending = Pending(state=state, is_kept=is_kept, writing=writing, taking_seconds=taking_seconds)
+
+    def is_written(self) -> bool:
+        """Say whether all processes have written what was begun and not published yet; all call it together."""
+        return self._pending is not None and not self._world.any(not self._pending.writing.done())
+
+    def finish(self) -> Published | None:
+        """Publish what was begun, once all of it is written; None if there is nothing. All processes call it together.
+
+        Raises:
+            ValueError: in every process, if a disk took no more; the last checkpoint stands.
+        """
+        if self._pending is None:
+            return None
+        started = time.monotonic()
+        pending, self._pending = self._pending, None
+        background_seconds = self._publish(pending.writing.result, pending.state, [], is_kept=pending.is_kept)
+        return Published(
+            samples_seen=pending.state.samples_seen,
+            stall_seconds=pending.taking_seconds + time.monotonic() - started,
+            background_seconds=background_seconds,
+        )
+
+    def abandon(self) -> None:
+        """Wait for what this process still writes, and publish none of it: where a training fails, nobody can."""
+        if self._pending is not None:
+            self._pending.writing.exception()
+            self._pending = None
+
+    def _prepare(self, name: str) -> None:
         self._refuse_full_disk()
+        if self._world.is_main and storage.is_local(self.root):
+            shutil.rmtree(self._partial(name), ignore_errors=True)
+            self._partial(name).mkdir(parents=True)
+        self._world.barrier()
+
+    def _publish(self, write: Callable[[], Written], state: TrainState, replaced: list[str], *, is_kept: bool) -> float:
+        """Publish a checkpoint once `write` has written its parts; return the seconds of the slowest process."""
+        name = _name_of(state)
         try:
-            with self._writing(name) as folder:
-                written_by_all(partial(_save_parts, engines, folder), self._world)
-                digests = self._world.gather(self._own_digests(folder))
-                written_by_all(partial(self._save_state, folder, state, digests, is_kept), self._world)
+            written = written_by_all(write, self._world)
+            digests = {path: digest for each in written for path, digest in each.digests.items()}
+            content = {"state": state.to_dict(), "identity": self._identity, "files": digests}
+            written_by_all(partial(self._complete, name, content, is_kept=is_kept), self._world)
             written_by_all(partial(self._point_to, name), self._world)
         except FullDiskError as error:
             raise self._filled_up(name, error) from error
@@ -85,15 +156,20 @@ class CheckpointStore:
             self._forget(self.names()[: -self._keep])
         self._latest_saved = name
         self._world.barrier()
+        return max(each.seconds for each in written)
 
-    def _save_state(self, folder: Path, state: TrainState, digests: list[dict[str, str]], is_kept: bool) -> None:
+    def _complete(self, name: str, content: Mapping[str, Any], *, is_kept: bool) -> None:
+        """Write what makes a checkpoint of the parts that all processes have written."""
         if not self._world.is_main:
             return
-        merged = {path: digest for part in digests for path, digest in part.items()}
-        content = {"state": state.to_dict(), "identity": self._identity, "files": merged}
-        (folder / STATE_FILE).write_text(json.dumps(content, indent=1, sort_keys=True))
+        folder = self._place_of_parts(name)
         if is_kept:
-            (folder / KEEP_FILE).write_text("")
+            storage.write_text(storage.join(folder, KEEP_FILE), "")
+        storage.write_text(storage.join(folder, STATE_FILE), json.dumps(content, indent=1, sort_keys=True))
+        if storage.is_local(self.root):
+            storage.synchronise(Path(folder))  # or the name may outlive a power loss that its files do not
+            shutil.rmtree(Path(self.root) / name, ignore_errors=True)
+            Path(folder).rename(Path(self.root) / name)
 
     def _point_to(self, name: str) -> None:
         if self._world.is_main:
@@ -105,7 +181,8 @@ class CheckpointStore:
         free = shutil.disk_usage(place).free
         if self._world.is_main and storage.is_local(self.root):
             shutil.rmtree(self._partial(name), ignore_errors=True)
-        last = self.names()[-1:]
+        # A store may have got a part of it.
+        last = [name for name in self.names() if storage.exists(storage.join(self.root, name, STATE_FILE))][-1:]
         return ValueError(
             f"{place} took no more while the checkpoint of sample {int(name):,} was written ({error}; "
             f"{free / 1e6:,.1f} MB were free): make room and start the same command again; it goes on from "
@@ -138,6 +215,7 @@ class CheckpointStore:
         Raises:
             ValueError: if it was made with another configuration or other data, naming each difference.
         """
+        self.finish()
         self.damaged = []
         names = [name for name in self._world.gather(self.names())[0] if before is None or int(name) < before]
         for name in reversed(names):
@@ -190,13 +268,6 @@ class CheckpointStore:
             if storage.exists(path) and (content := _content(storage.read_bytes(path))):
                 self._refuse_another_run(content["identity"], name)
 
-    def _own_digests(self, folder: Path) -> dict[str, str]:
-        """Digests of what lies in my folder; on a shared folder only the main process reads them."""
-        if storage.is_local(self.root) and not self._world.is_main:
-            return {}
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return {str(path.relative_to(folder)): storage.sha256_of(str(path)) for path in files}
-
     def _problem_of(self, folder: Path) -> str:
         if not (folder / STATE_FILE).is_file():
             return "it has no state.json"
@@ -221,26 +292,9 @@ class CheckpointStore:
     def _partial(self, name: str) -> Path:
         return Path(self.root) / f".{name}.partial"
 
-    @contextmanager
-    def _writing(self, name: str) -> Iterator[Path]:
-        if storage.is_local(self.root):
-            folder = self._partial(name)
-            if self._world.is_main:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-            self._world.barrier()
-            yield folder
-            if self._world.is_main:
-                storage.synchronise(folder)  # or the name may outlive a power loss that its files do not
-                shutil.rmtree(Path(self.root) / name, ignore_errors=True)
-                folder.rename(Path(self.root) / name)
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            yield Path(scratch)
-            files = [path for path in Path(scratch).rglob("*") if path.is_file()]
-            for path in sorted(files, key=lambda path: path.name == STATE_FILE):
-                storage.copy_file(str(path), storage.join(self.root, name, str(path.relative_to(scratch))))
-            self._world.barrier()
+    def _place_of_parts(self, name: str) -> str:
+        """Where a checkpoint's files are written; in a store, where nothing can be renamed, `state.json` comes last."""
+        return str(self._partial(name)) if storage.is_local(self.root) else storage.join(self.root, name)
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[tuple[Path, str]]:
@@ -273,9 +327,12 @@ class CheckpointStore:
                 storage.remove_folder(storage.join(self.root, name))
 
 
-def _save_parts(engines: Mapping[str, Resumable], folder: Path) -> None:
-    for part, engine in engines.items():
-        engine.save(folder / part)
+def _name_of(state: TrainState) -> str:
+    return f"{state.samples_seen:012d}"
+
+
+def _parts(engines: Mapping[str, Resumable]) -> Parts:
+    return {part: engine.snapshot() for part, engine in engines.items()}
 
 
 def _content(text: bytes) -> dict[str, Any]:

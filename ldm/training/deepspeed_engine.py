@@ -40,12 +40,13 @@ from ldm.training.fragments import (
     WEIGHT,
     Fragment,
     begin_moments,
+    fragments_snapshot,
     load_fragments,
-    save_fragments,
     shapes_of,
     whole_fragments,
 )
 from ldm.training.optim import OptimConfig, build_optimizer, leave_out, set_learning_rate
+from ldm.training.snapshot import Snapshot
 from ldm.training.stopwatch import StepPhase, Stopwatch
 from ldm.training.world import World
 
@@ -241,11 +242,16 @@ class DeepSpeedEngine:
             for name, weight in self._weights.items()
         }
 
+    def snapshot(self) -> Snapshot:
+        """Return what this process holds that no other does."""
+        if self._stage == 0 and not self._world.is_main:
+            return Snapshot()
+        extra = {"buffers": buffers_of(self.raw), "scaler": self._scaler_state()}
+        return fragments_snapshot(self._world.rank, self._fragments(), shapes_of(self._weights), extra)
+
     def save(self, folder: Path) -> None:
-        """Write what this process holds that no other does."""
-        if self._stage > 0 or self._world.is_main:
-            extra = {"buffers": buffers_of(self.raw), "scaler": self._scaler_state()}
-            save_fragments(folder, self._world.rank, self._fragments(), shapes_of(self._weights), extra)
+        """Write the snapshot."""
+        self.snapshot().write(folder)
 
     def load(self, folder: Path) -> None:
         """Take over what any engine's `save` wrote, on any number of processes."""

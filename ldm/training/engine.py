@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldm.config import Config, added_later
 from ldm.training.ema import Ema, EmaConfig, averages_of, swapped_in
-from ldm.training.fragments import begin_moments, load_fragments, save_fragments, shapes_of, whole_fragments
+from ldm.training.fragments import begin_moments, fragments_snapshot, load_fragments, shapes_of, whole_fragments
 from ldm.training.optim import OptimConfig, build_optimizer, leave_out, set_learning_rate
+from ldm.training.snapshot import Snapshot
 from ldm.training.stopwatch import StepPhase, Stopwatch
 from ldm.training.world import World
 
@@ -125,8 +126,12 @@ class Engine(Protocol):
         """
         ...
 
+    def snapshot(self) -> Snapshot:
+        """Return the state to resume, as far as this process writes it. All processes call it together."""
+        ...
+
     def save(self, folder: Path) -> None:
-        """Write the state to resume into `folder`. All processes call it together."""
+        """Write the snapshot into `folder`. All processes call it together."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -191,14 +196,18 @@ class LocalEngine:
         source = averages_of(self._ema, half_life) or dict(self.raw.named_parameters())
         return {name: weight.detach().float().cpu().clone() for name, weight in source.items()}
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and averages; every process holds the same, the main one writes."""
+    def snapshot(self) -> Snapshot:
+        """Return weights, optimizer and averages; every process holds the same, the main one writes."""
         if not self._world.is_main:
-            return
+            return Snapshot()
         weights = dict(self.raw.named_parameters())
         fragments = whole_fragments(weights, self._optimizer, self._parts())
         extra = {"buffers": buffers_of(self.raw), "scaler": self._scaler.state_dict()}
-        save_fragments(folder, self._world.rank, fragments, shapes_of(weights), extra)
+        return fragments_snapshot(self._world.rank, fragments, shapes_of(weights), extra)
+
+    def save(self, folder: Path) -> None:
+        """Write the snapshot."""
+        self.snapshot().write(folder)
 
     def load(self, folder: Path) -> None:
         """Take over what any engine's `save` wrote."""

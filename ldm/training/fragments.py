@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.training.snapshot import Snapshot
+
 Shapes = Mapping[str, tuple[int, ...]]
 WEIGHT, AVERAGE = "weight", "average"
 """A weight and its main average; a further one is `average_` and its half-life in samples."""
@@ -52,13 +54,12 @@ class Loaded:
     extra: dict[str, Any]
 
 
-def save_fragments(
-    folder: Path, rank: int, fragments: Mapping[str, Fragment], shapes: Shapes, extra: Mapping[str, Any]
-) -> None:
-    """Write what a process holds; pieces of one storage are written once.
+def fragments_snapshot(
+    rank: int, fragments: Mapping[str, Fragment], shapes: Shapes, extra: Mapping[str, Any]
+) -> Snapshot:
+    """Return what a process holds, as the file that a checkpoint has of it.
 
     Args:
-        folder: is made if need be.
         rank: the process, which names the file.
         fragments: by the weights' names.
         shapes: the whole weights' shapes, by name.
@@ -72,9 +73,8 @@ def save_fragments(
         }
         for name, fragment in fragments.items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
     content = {"shapes": {name: list(shape) for name, shape in shapes.items()}, "held": held, "extra": dict(extra)}
-    torch.save(content, folder / PATTERN.replace("*", f"{rank:05d}"))
+    return Snapshot(files={PATTERN.replace("*", f"{rank:05d}"): content})
 
 
 @torch.no_grad()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
+from ldm.storage import PLACE_ERRORS
 from ldm.training.world import World
 
 Made = TypeVar("Made")
@@ -18,27 +20,43 @@ class FullDiskError(ValueError):
     """A disk took no more; a person can make room."""
 
 
-def written_by_all(write: Callable[[], Made], world: World) -> Made:
-    """Return what a call that writes gives, once it has ended well in every process. All call it together.
+class OtherRankError(OSError):
+    """Another process could not write its part; its own error says why."""
+
+
+def written_by_all(write: Callable[[], Made], world: World) -> list[Made]:
+    """Return what a call that writes gives in every process, by rank, once all have ended. All call it together.
 
     Raises:
         FullDiskError: in every process, with the words of those whose disk took no more.
+        OtherRankError: in those that could write, if another could not for another reason; that one raises its own.
     """
     made: list[Made] = []
-    problem = ""
+    own: Exception | None = None
     try:
         made.append(write())
-    except (OSError, RuntimeError) as error:
-        if not is_full(error):
-            raise
-        problem = f"rank {world.rank}: {type(error).__name__} {' '.join(str(error).split())[:200]}"
-    problems = [each for each in world.gather(problem) if each]
-    if problems:
-        raise FullDiskError("; ".join(problems))
-    return made[0]
+    except (RuntimeError, *PLACE_ERRORS) as error:
+        own = error
+        if is_full(error):
+            _let_go(error)
+    problem = "" if own is None else f"rank {world.rank}: {type(own).__name__} {' '.join(str(own).split())[:200]}"
+    outcomes = world.gather((made, problem, own is None or is_full(own)))
+    problems = "; ".join(problem for _, problem, _ in outcomes if problem)
+    if not problems:
+        return [each for made, _, _ in outcomes for each in made]
+    if all(is_well_or_full for _, _, is_well_or_full in outcomes):
+        raise FullDiskError(problems)
+    raise OtherRankError(problems) if own is None else own
 
 
-def is_full(error: OSError | RuntimeError) -> bool:
+def _let_go(error: BaseException | None) -> None:
+    """Free what the calls that ended in an error still hold: a file that is open takes up room when it is deleted."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def is_full(error: Exception) -> bool:
     """Say whether an error means that a disk took no more."""
     if isinstance(error, OSError):
         return error.errno in NO_ROOM

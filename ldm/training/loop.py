@@ -50,6 +50,10 @@ class LoopConfig(Config):
     keep_every: int = added_later(0)
     """Samples between two checkpoints that stay for good; 0 keeps only the latest. A file `keep` in a checkpoint's
     folder does the same for that one."""
+    saves_in_background: bool = added_later(False)
+    """Whether training stands still only while its state is copied, and files are written, synchronised or uploaded
+    behind it. Costs memory of each machine for one more copy of what its ranks save, for the whole run (on GPUs
+    page-locked, and rounded up to a power of two for each tensor). A checkpoint counts once all of it is written."""
     max_lost_steps: int = added_later(8)
     """A step whose loss or gradient is not finite is left out and counted; so many in a row end the run, and the keys
     of their rows are saved beside the checkpoints."""
@@ -149,7 +153,10 @@ def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around
 
     watchdog = Watchdog(60 * config.hang_minutes, around.checkpoints.root, around.world, tell)
     with watchdog, memory_explained(around.world, lambda: watchdog.place().sentence()):
-        return _train(task, loader, config, replace(around, enters=watchdog.enters))
+        try:
+            return _train(task, loader, config, replace(around, enters=watchdog.enters))
+        finally:
+            around.checkpoints.abandon()
 
 
 def _train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around: Surroundings) -> TrainState:
@@ -179,8 +186,10 @@ def _train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, aroun
         state = _do_what_is_due(task, window, state, config, around)
         window.restart()
         if is_stopping and _save(task, window, state, config, around):
+            _publish(window, state, around)
             around.report(_progress(config, state, notice="stopped as asked; the state is saved"))
             return state
+    _publish(window, state, around)
     return state
 
 
@@ -195,6 +204,8 @@ def _do_what_is_due(
         around.enters(Phase.PICTURES, state.samples_seen)
         for name, images in task.pictures().items():
             around.tracker.log_picture(name, images, state.samples_seen)
+    if is_last or around.checkpoints.is_written():
+        _publish(window, state, around)
     if is_last:
         _refuse_useless(state, around)
     is_kept = is_due(config.keep_every, state.samples_seen, num_samples)
@@ -213,18 +224,34 @@ def _save(
     is_kept: bool = False,
 ) -> bool:
     """Save the state, unless the latest step was lost: what it was lost by may lie in the weights. Say whether."""
+    _publish(window, state, around)
     is_last = state.samples_seen >= config.total_samples  # measured, and found to be of use
     if around.world.any(window.lost_in_a_row() > 0) and not is_last:
         notice = f"no checkpoint at {state.samples_seen:,} samples, for that step was lost; the next one comes"
         around.report(_progress(config, state, notice=notice))
         return False
+    if config.saves_in_background:
+        around.checkpoints.begin(task.engines, state, is_kept=is_kept)
+        return True
     started = time.monotonic()
-    around.enters(Phase.CHECKPOINT, state.samples_seen)
     around.checkpoints.save(task.engines, state, is_kept=is_kept)
     seconds = time.monotonic() - started
     window.checkpoint_seconds += seconds
     around.tracker.log_metrics({"checkpoint_seconds": seconds}, state.samples_seen)
     return True
+
+
+def _publish(window: Window, state: TrainState, around: Surroundings) -> None:
+    """Publish the checkpoint that is being written in the background, if there is one, once all of it is written."""
+    around.enters(Phase.CHECKPOINT, state.samples_seen)
+    published = around.checkpoints.finish()
+    if published is not None:
+        seconds = {
+            "checkpoint_seconds": published.stall_seconds,
+            "checkpoint_background_seconds": published.background_seconds,
+        }
+        window.checkpoint_seconds += published.stall_seconds
+        around.tracker.log_metrics(seconds, published.samples_seen)
 
 
 def _is_measured(config: LoopConfig, state: TrainState, num_samples: int) -> bool:
@@ -243,7 +270,7 @@ def _recover(
     if lost is None:
         window.forget_keys(checkpoints.latest_samples if config.max_rollbacks else state.samples_seen)
         return state
-    around.enters(Phase.CHECKPOINT, state.samples_seen)
+    _publish(window, state, around)
     has_more = state.rollbacks < config.max_rollbacks
     again = roll_back(task.engines, window, state, checkpoints, world) if has_more else None
     if again is None:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ldm.training.snapshot import Snapshot
 from ldm.training.world import World
 
 STATE_NAME = "state.pt"
@@ -16,8 +17,8 @@ STATE_NAME = "state.pt"
 class Resumable(Protocol):
     """What a checkpoint saves and restores."""
 
-    def save(self, folder: Path) -> None:
-        """Write the state to resume into `folder`. All processes call it together."""
+    def snapshot(self) -> Snapshot:
+        """Return the state to resume, as far as this process writes it. All processes call it together."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -37,13 +38,11 @@ class SavedState:
         self._module = module
         self._world = world
 
-    def save(self, folder: Path) -> None:
-        """Write the buffers."""
-        if self._world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self._module.state_dict(), folder / STATE_NAME)
+    def snapshot(self) -> Snapshot:
+        """Return the buffers."""
+        return Snapshot(files={STATE_NAME: self._module.state_dict()} if self._world.is_main else {})
 
     def load(self, folder: Path) -> None:
-        """Take over what `save` wrote."""
+        """Take over what a snapshot wrote."""
         saved = torch.load(folder / STATE_NAME, map_location=self._world.device, weights_only=True)
         self._module.load_state_dict(saved)

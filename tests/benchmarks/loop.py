@@ -273,7 +273,7 @@ class _Unmeasured(DiffusionTask):
 class _NothingKept(CheckpointStore):
     """A store that keeps nothing, so that no checkpoint is timed."""
 
-    def save(self, engines: object, state: object) -> None:
+    def save(self, *_: object, **__: object) -> None:
         """Keep nothing."""
 
 
