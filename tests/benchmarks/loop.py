@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -118,6 +119,7 @@ def main() -> None:
 @contextmanager
 def _group_of_one(device: torch.device) -> Iterator[None]:
     """Be the only process of a group, which DeepSpeed must have."""
+    os.environ.setdefault("LOCAL_RANK", "0")
     with tempfile.NamedTemporaryFile() as file:
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, init_method=f"file://{file.name}", rank=0, world_size=1)
