@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import ray
 import s3fs
 
 READY_SECONDS = 60
@@ -173,6 +174,16 @@ def ray_cluster(folder: Path) -> Iterator[str]:
         yield address
     finally:
         kill_tree(process)
+
+
+@contextmanager
+def ray_that_runs(num_cpus: int) -> Iterator[str]:
+    """Yield the address of a Ray of this process, which jobs share as in the demo."""
+    ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:

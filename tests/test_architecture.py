@@ -26,6 +26,7 @@ FLOORS = {
     "ldm.config": 0,
     "ldm.storage": 0,
     "ldm.randomness": 0,
+    "ldm.device": 0,
     "ldm.training": 2,
     "ldm.registry": 2,
     "ldm.first_stage": 2,

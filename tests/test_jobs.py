@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -19,13 +18,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
-import ray
 import torch
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from ldm.interop.weights import load_weights
-from tests.servers import ray_cluster
+from tests.servers import ray_cluster, ray_that_runs
 
 HOUSE = Path(__file__).parents[1]
 # A dozen real jobs stand behind the first test of each fixture.
@@ -136,16 +134,6 @@ def has_words(file: Path, words: str) -> Callable[[], bool]:
 
 def has_any(folder: Path, pattern: str) -> Callable[[], bool]:
     return lambda: any(folder.glob(pattern))
-
-
-@contextmanager
-def ray_that_runs(num_cpus: int) -> Iterator[str]:
-    """Yield the address of a Ray of this process, which jobs share as in the demo."""
-    ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
-    try:
-        yield ray.get_runtime_context().gcs_address
-    finally:
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

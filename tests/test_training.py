@@ -41,13 +41,16 @@ def unbroken(folder: Path) -> Outcome:
 def test_a_disk_that_fills_up_is_said_and_the_run_goes_on_bit_for_bit_when_there_is_room(
     folder: Path, unbroken: Outcome, small_disk: Path
 ) -> None:
-    config = replace(tiny_config(folder, "unbroken"), root=str(small_disk / "run"), record=str(small_disk / "record"))
+    config = replace(tiny_config(folder, "full"), root=str(small_disk / "run"))
     stopping_after(config, 3)
     with (small_disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
         while True:
             filler.write(bytes(100_000))
     with pytest.raises(ValueError, match=r"has no room for another checkpoint .* goes on from sample 24"):
         run(config)
+    on_full_disk = replace(config, record=str(small_disk / "record"))
+    with pytest.raises(ValueError, match=r"took no more of the record .* goes on from the latest checkpoint"):
+        run(on_full_disk)
     (small_disk / "filler").unlink()
     run(config)
     one, other = (load_weights(str(root / WEIGHTS)) for root in (folder / "unbroken", small_disk / "run"))

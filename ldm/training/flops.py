@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def counted_flops(build: Callable[[], nn.Module], loss_of: Callable[[nn.Module], Tensor]) -> float:
@@ -19,9 +20,6 @@ def counted_flops(build: Callable[[], nn.Module], loss_of: Callable[[nn.Module],
         build: makes the network; what it has not made itself is moved there, so such a part is for this use alone.
         loss_of: makes its inputs, runs the network on them and returns what backward begins at.
     """
-    # Half a second, which every start of a job would take.
-    from torch.utils.flop_counter import FlopCounterMode
-
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         network = build().to("meta")
         with FlopCounterMode(display=False) as counter:

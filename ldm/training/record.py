@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import torch
 from PIL import Image as PILImage
 
 from ldm import storage
+from ldm.training.full_disk import FullDiskError, is_full
 from ldm.types import Image
 
 RECORD_FILE = "record.jsonl"
@@ -72,7 +74,8 @@ class Record:
 
     def __init__(self, folder: str, mirror: Mirror | None, notify: Callable[[str], None]) -> None:
         self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._room():
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._file = self._folder / RECORD_FILE
         self._mirror = mirror
         self._notify = notify
@@ -89,11 +92,24 @@ class Record:
         """Save a grid as PNG and record where it lies."""
         path = self._folder / "pictures" / f"{name}_{samples_seen:09d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        PILImage.fromarray(grid_of(images)).save(path)
+        with self._room():
+            PILImage.fromarray(grid_of(images)).save(path)
         self._append({"picture": str(path.relative_to(self._folder)), "samples_seen": samples_seen})
 
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise FullDiskError(
+                f"{self._folder} took no more of the record ({error}): make room and start the same command again; it "
+                "goes on from the latest checkpoint"
+            ) from error
+
     def _append(self, entry: dict[str, Any]) -> None:
-        with self._file.open("a") as file:
+        with self._room(), self._file.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         if self._mirror is None:
             return
