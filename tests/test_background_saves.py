@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -245,7 +246,12 @@ def test_a_process_killed_while_it_writes_loses_that_checkpoint_only(size: int, 
 
 def test_a_run_that_fails_leaves_no_thread_that_writes(tmp_path: Path) -> None:
     writing = threading.Event()
-    task = sluggish_task(alone(), tmp_path, {1: writing.set})
+
+    def write() -> None:
+        time.sleep(0.3)
+        writing.set()
+
+    task = sluggish_task(alone(), tmp_path, {1: write})
 
     def begins(samples_seen: int) -> None:
         if samples_seen == 16:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from jobs.wiring.memory_forecast import Denoising, Told, advice, denoiser_pass, needed
+from jobs.wiring.memory_forecast import Denoising, Told, advice, denoiser_pass, forecasts, needed
 from jobs.wiring.train_ldm import check_inputs, describe
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
 from ldm.conditioning.transformer import TokenTransformerConfig
@@ -249,3 +249,17 @@ def test_the_dry_run_shows_every_engine_with_the_configured_one_marked(tmp_path:
     assert names == ["local", "zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"]
     assert [line.split()[1] for line in lines if " -> " in line] == ["zero2"]
     assert re.fullmatch(r"there +\d+\.\d\d GB a rank, free memory of this machine now", lines[-1])
+
+
+def test_the_copy_of_a_background_save_is_counted_where_it_lies() -> None:
+    plain = denoising(num_averages=2)
+    numel = plain.step(plain.configured).passed.num_weights
+    copied = numel * (4 + 8 + 2 * 4)  # weight, two moments, two averages
+    copying = replace(plain, saves_in_background=True)
+    assert needed(copying).host - needed(plain).host == copied
+    assert needed(copying).device == needed(plain).device
+    on_cpu = replace(plain, is_on_cpu=True)
+    assert needed(replace(on_cpu, saves_in_background=True)).total - needed(on_cpu).total == copied
+    shares = dict(forecasts(copying)), dict(forecasts(plain))
+    zero3 = next(sharding for sharding in shares[0] if sharding.name == "zero3")
+    assert shares[0][zero3].host - shares[1][zero3].host == numel // 4 * 20

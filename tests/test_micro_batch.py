@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ldm.training.micro_batch import NothingFitsError, find_micro_batch
 from ldm.training.world import World
 from tests.ranks import alone, run_ranks
 from tests.tiny_latents import write_latents
-from tests.tiny_training import run, same_weights, series, tiny_config
+from tests.tiny_training import longer, run, same_weights, series, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +80,13 @@ def test_a_training_finds_it_once_and_is_the_one_with_that_micro_batch_bit_for_b
     fastest = {8: 1.0, 4: 0.4, 2: 0.5, 1: 0.5}
     measured: list[int] = []
 
-    def seconds(training: object, network: object, world: World, rows: int) -> float:
-        assert real(training, network, world, rows) > 0  # type: ignore[arg-type, operator]
+    def seconds(trials: micro_batch._Trials, rows: int) -> float:
+        assert (real(trials, rows) or 0) > 0
         measured.append(rows)
         return fastest[rows]
 
-    real = micro_batch._seconds
-    monkeypatch.setattr(micro_batch, "_seconds", seconds)
+    real = micro_batch._Trials.seconds
+    monkeypatch.setattr(micro_batch._Trials, "seconds", seconds)
     notices: list[str] = []
 
     def report(progress: Progress) -> None:
@@ -108,16 +109,22 @@ def test_a_training_finds_it_once_and_is_the_one_with_that_micro_batch_bit_for_b
     assert [shares[at] * 0.001 for at in shares] == pytest.approx([rates[at] for at in shares])
 
 
-def test_another_device_or_number_of_ranks_is_searched_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro_batch, "_seconds", lambda *args: float(args[-1]))
+def test_other_devices_are_searched_anew_and_what_was_found_on_each_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(micro_batch._Trials, "seconds", lambda _, rows: float(rows))
     config = replace(tiny_config(folder, "moved", total_samples=8), engine=EngineConfig(finds_micro_batch=True))
     run(config)
     path = folder / "moved" / micro_batch.FILE
-    was = path.read_text()
-    for spoilt in (was.replace('"device": "cpu"', '"device": "another"'), was[: len(was) // 2], "[1]"):
+    (found,) = json.loads(path.read_text())
+    other = {**found, "made_for": {**found["made_for"], "num_ranks": 2}}
+    path.write_text(json.dumps([other]))
+    run(longer(config, 16))
+    assert json.loads(path.read_text()) == [other, found]
+    for total, spoilt in enumerate(("[{", "[1]", "{}"), start=3):
         path.write_text(spoilt)
-        run(replace(config, loop=replace(config.loop, total_samples=16)))
-        assert path.read_text() == was
+        run(longer(config, 8 * total))
+        assert json.loads(path.read_text()) == [found]
 
 
 def test_a_micro_batch_is_either_stated_or_found() -> None:
@@ -125,13 +132,16 @@ def test_a_micro_batch_is_either_stated_or_found() -> None:
         EngineConfig(finds_micro_batch=True, micro_batch_size=4)
 
 
-def test_a_trial_without_memory_is_none_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", ["build_denoiser", "denoiser_loss"])
+def test_without_memory_for_any_trial_the_training_goes_on_with_one_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(micro_batch, "denoiser_loss", fail)
-    network = torch.nn.Linear(2, 2)
-    config = tiny_config(folder)
-    training = type("Training", (), {"engine": config.engine})()
-    assert micro_batch._seconds(training, network, alone(), 4) is None
-    assert network.weight.grad is None
+    monkeypatch.setattr(micro_batch, fails, fail)
+    config = tiny_config(folder, fails, total_samples=8)
+    run(replace(config, engine=EngineConfig(finds_micro_batch=True)))
+    run(replace(tiny_config(folder, f"{fails}-one", total_samples=8), engine=EngineConfig(micro_batch_size=1)))
+    assert same_weights(folder, fails, f"{fails}-one")
+    assert not (folder / fails / micro_batch.FILE).exists()

@@ -20,7 +20,7 @@ from ldm.denoiser import build_denoiser
 from ldm.training.activations import Pass, traced
 from ldm.training.engine import EngineConfig, EngineKind, Precision
 from ldm.training.flops import counted_flops
-from ldm.training.memory import Memory, Sharding, Step, forecast, read_sharding
+from ldm.training.memory import FP32, MOMENTS, Memory, Sharding, Step, forecast, read_sharding
 from ldm.types import Condition
 from ldm.unet.model import UNetConfig
 from pipeline.latent_summary import cached_size
@@ -64,6 +64,7 @@ class Denoising:
         num_ranks: ranks that train together.
         num_rows: rows of a batch on one rank.
         is_on_cpu: whether they train on CPUs.
+        saves_in_background: whether a copy of what the rank saves lies in the host's memory.
     """
 
     unet: UNetConfig
@@ -74,11 +75,30 @@ class Denoising:
     num_ranks: int
     num_rows: int
     is_on_cpu: bool
+    saves_in_background: bool = False
 
     @property
     def configured(self) -> Sharding:
         """The sharding that the engine's configuration asks for."""
         return UNSHARDED[0] if self.engine.kind is EngineKind.LOCAL else read_sharding(self.engine.zero_config)
+
+    def memory(self, sharding: Sharding) -> Memory:
+        """Return what the main rank holds at the moment of a step when that is most."""
+        step = self.step(sharding)
+        memory = forecast(sharding, step)
+        if not self.saves_in_background:
+            return memory
+        saved = step.passed.num_weights // (self.num_ranks if sharding.stage else 1)
+        copied = saved * (FP32 + MOMENTS + FP32 * self.num_averages)
+        if self.is_on_cpu:
+            return replace(memory, buffers=memory.buffers + copied)
+        return replace(memory, host=memory.host + copied)
+
+    def with_least_rows(self) -> Denoising:
+        """Return the training with the micro-batch that needs least, if which it will be is yet to be found."""
+        if not self.engine.finds_micro_batch:
+            return self
+        return replace(self, engine=replace(self.engine, micro_batch_size=1, finds_micro_batch=False))
 
     def row_flops(self, size: tuple[int, int]) -> float:
         """Return the FLOPs of a row's forward and backward, for a latent of (rows, columns)."""
@@ -195,7 +215,7 @@ def forecasts(training: Denoising) -> list[tuple[Sharding, Memory]]:
     known = [*UNSHARDED, *(read_sharding(str(path)) for path in files)]
     if training.configured not in known:
         known.append(training.configured)
-    return [(sharding, forecast(sharding, training.step(sharding))) for sharding in known]
+    return [(sharding, training.memory(sharding)) for sharding in known]
 
 
 def table(training: Denoising, there: int) -> str:
@@ -225,7 +245,7 @@ def table(training: Denoising, there: int) -> str:
 
 def needed(training: Denoising) -> Memory:
     """Return what the configured engine needs."""
-    return forecast(training.configured, training.step(training.configured))
+    return training.memory(training.configured)
 
 
 def advice(training: Denoising) -> tuple[str, ...]:

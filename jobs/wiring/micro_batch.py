@@ -1,6 +1,7 @@
 """Which micro-batch a denoiser is trained with, if that is to be found: measured once, and kept beside the checkpoints.
 
-A resumed run takes what was found before on the same kind of devices: another micro-batch rounds its sums otherwise.
+A resumed run takes what was found before on as many devices of the same kind: another micro-batch rounds its sums
+otherwise. Trials are eager and unsharded: what ZeRO gathers for each micro-batch is not in them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ldm import storage
 from ldm.denoiser import build_denoiser
 from ldm.training.engine import autocast
 from ldm.training.loop import Progress
-from ldm.training.micro_batch import Trial, find_micro_batch
+from ldm.training.micro_batch import NothingFitsError, Trial, find_micro_batch
 from ldm.training.out_of_memory import is_out_of_memory
 from ldm.training.self_tests import has_room
 from ldm.training.world import World
@@ -40,8 +40,7 @@ def with_micro_batch(training: Denoising, root: str, world: World, report: Calla
         world: the group of processes.
         report: called with a notice of a search.
 
-    Raises:
-        ValueError: if not even one row fits into memory.
+    Where none seems to fit it is one row.
     """
     if not training.engine.finds_micro_batch:
         return training
@@ -65,57 +64,90 @@ def _made_for(training: Denoising, world: World) -> dict[str, Any]:
 
 
 def _known(path: str, made_for: dict[str, Any]) -> int:
-    """Return what was found before; 0 for nothing, or for something else."""
-    if not storage.exists(path):
-        return 0
+    """Return what was found before on such devices; 0 for nothing."""
+    wanted = json.loads(json.dumps(made_for))
+    return next((int(found["micro_batch_size"]) for found in _all_known(path) if found["made_for"] == wanted), 0)
+
+
+def _all_known(path: str) -> list[dict[str, Any]]:
+    """Return what was found on any devices; nothing if that was written by half."""
     try:
-        content = json.loads(storage.read_text(path))
-        return int(content["micro_batch_size"]) if content["made_for"] == json.loads(json.dumps(made_for)) else 0
-    except (ValueError, KeyError, TypeError):  # half written
-        return 0
+        content = json.loads(storage.read_text(path)) if storage.exists(path) else []
+    except ValueError:
+        return []
+    is_whole = isinstance(content, list) and all(
+        isinstance(found, dict) and {"micro_batch_size", "made_for"} <= set(found) for found in content
+    )
+    return content if is_whole else []
 
 
 def _found(
     training: Denoising, path: str, made_for: dict[str, Any], world: World, report: Callable[[Progress], None]
 ) -> int:
-    look = partial(look_around, world)
+    there = look_around(world)  # before the trials take of it
 
     def fits(rows: int) -> bool:
         candidate = replace(training, engine=replace(training.engine, micro_batch_size=rows, finds_micro_batch=False))
-        return has_room(world, world.gather(needed(candidate) if world.is_main else None)[0], look)
+        return has_room(world, world.gather(needed(candidate) if world.is_main else None)[0], there)
 
-    with torch.random.fork_rng():
-        network = build_denoiser(training.unet, training.conditioning).to(world.device)
-        rows, trials = find_micro_batch(world, training.num_rows, fits, partial(_seconds, training, network, world))
+    trying = _Trials(training, world)
+    try:
+        with torch.random.fork_rng():
+            rows, trials = find_micro_batch(world, training.num_rows, fits, trying.seconds)
+    except NothingFitsError:
+        return 1
+    finally:
+        trying.end()
     if world.is_main:
-        content = {
-            "micro_batch_size": rows,
-            "made_for": made_for,
-            "trials": {t.rows: t.rows_per_second for t in trials},
-        }
-        storage.write_text(path, json.dumps(content, indent=1) + "\n")
+        rates = {str(trial.rows): trial.rows_per_second for trial in trials}
+        found = {"micro_batch_size": rows, "made_for": made_for, "rows_per_second": rates}
+        storage.write_text(path, json.dumps([*_all_known(path), found], indent=1) + "\n")
     report(Progress(done=0, total=0, notice=_sentence(rows, training.num_rows, trials)))
     return rows
 
 
-def _seconds(training: Denoising, network: nn.Module, world: World, rows: int) -> float | None:
-    """Return the seconds of a forward and backward pass; None if there is not enough memory."""
-    try:
+class _Trials:
+    """Passes of the whole network on this rank, as long as there is memory for it."""
+
+    def __init__(self, training: Denoising, world: World) -> None:
+        self._training = training
+        self._world = world
+        self._network: nn.Module | None = None
+        self._is_too_large = False
+
+    def seconds(self, rows: int) -> float | None:
+        """Return the seconds of a forward and backward pass; None if there is not enough memory."""
+        try:
+            return None if self._is_too_large else self._measured(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._is_too_large = self._network is None
+        self._free()  # behind the error, whose frames hold what the pass had taken
+        return None
+
+    def end(self) -> None:
+        """Give back what the trials took."""
+        self._network = None
+        self._free()
+
+    def _measured(self, rows: int) -> float:
+        training, world = self._training, self._world
+        if self._network is None:
+            self._network = build_denoiser(training.unet, training.conditioning).to(world.device)
         for number in range(WARMUPS + MEASURED):
             if number == WARMUPS:
                 begun = _now(world)
-            network.zero_grad(set_to_none=True)
+            self._network.zero_grad(set_to_none=True)
             with torch.device(world.device), autocast(training.engine.precision, world.device):
-                loss = denoiser_loss(network, training, rows)
+                loss = denoiser_loss(self._network, training, rows)
             torch.autograd.backward(loss)
         return (_now(world) - begun) / MEASURED
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
-    finally:
-        network.zero_grad(set_to_none=True)
-        if world.device.type == "cuda":
+
+    def _free(self) -> None:
+        if self._network is not None:
+            self._network.zero_grad(set_to_none=True)
+        if self._world.device.type == "cuda":
             torch.cuda.empty_cache()
 
 

@@ -202,10 +202,11 @@ def train_ldm_worker(
     manifest = load_manifest(config.latents)
     tests = None
     training = _denoising(config, manifest, world.size, is_on_cpu=world.device.type == "cpu")
-    training = with_micro_batch(training, config.root, world, report)
     if config.self_tests:
-        forecast = Forecast(needed=partial(needed, training), advice=partial(advice, training))
+        least = training.with_least_rows()
+        forecast = Forecast(needed=partial(needed, least), advice=partial(advice, least))
         tests = begin_self_tests(config, config.root, manifest, forecast, world, report)
+    training = with_micro_batch(training, config.root, world, report)
     read_tokens = token_reader(manifest, config.text, config.conditioning.text, world.device)
     loader = LatentLoader(manifest, config.loader(Split.TRAIN), world.rank, world.size, read_tokens)
     held_out = LatentLoader(manifest, config.loader(Split.VALIDATION), 0, 1, read_tokens)
@@ -309,6 +310,7 @@ def _denoising(config: TrainLdmConfig, manifest: Manifest, num_ranks: int, *, is
         num_ranks=num_ranks,
         num_rows=config.batch_size // num_ranks,
         is_on_cpu=is_on_cpu,
+        saves_in_background=config.loop.saves_in_background,
     )
 
 

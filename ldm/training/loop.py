@@ -178,6 +178,7 @@ def _train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, aroun
         state = state.advanced(around.batch_size, window.tick())
         window.add(metrics, batch.keys, state.samples_seen)
         window.flops += task.flops(batch, state.samples_seen - around.batch_size)
+        window.mark()
         is_stopping = is_stopping or around.world.any(around.should_stop())
         if is_stopping or _is_measured(config, state, around.batch_size):
             state = _recover(task, window, state, config, around)
@@ -314,11 +315,12 @@ def _log(
     around: Surroundings,
 ) -> None:
     means = {name: around.world.mean(value).item() for name, value in window.means(around.world.device).items()}
+    if around.world.device.type == "cuda":
+        window.settle()  # what was read is there: the GPU has made all the steps
     waited = loader.wait_seconds - window.waited_before
     speed = speed_metrics(
         task.engines.values(),
         around.world,
-        num_steps=window.num_steps,
         seconds=window.seconds,
         wait_seconds=waited,
         checkpoint_seconds=window.checkpoint_seconds,

@@ -13,7 +13,8 @@ from ldm.training.world import World
 NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """What torch says in a plain RuntimeError when the machine itself has no more."""
 REMEDIES = (
-    "What takes less, what costs least first: a smaller --engine.micro-batch-size or --batch-size; --engine.kind "
+    "What takes less, what costs least first: a smaller --engine.micro-batch-size (with "
+    "--no-engine.finds-micro-batch, if that was asked for) or --batch-size; --engine.kind "
     "deepspeed with --engine.zero-config infra/deepspeed/zero2.json, then zero3.json; offload to the machine's memory, "
     "zero2-offload.json or zero3-offload.json (not if it is that memory that ran out). Start the same command again "
     "with one of them; it goes on from the last checkpoint where that allows it"

@@ -80,7 +80,7 @@ class Record:
         self._mirror = mirror
         self._notify = notify
         if self._file.is_file() and not self._file.read_bytes().endswith(b"\n"):
-            with self._file.open("a") as file:  # what a killed writer left of its last line ends here
+            with self._room(), self._file.open("a") as file:  # what a killed writer left of its last line ends here
                 file.write("\n")
 
     def log_metrics(self, metrics: Mapping[str, float], samples_seen: int) -> None:
@@ -91,8 +91,8 @@ class Record:
     def log_picture(self, name: str, images: Image, samples_seen: int) -> None:
         """Save a grid as PNG and record where it lies."""
         path = self._folder / "pictures" / f"{name}_{samples_seen:09d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         with self._room():
+            path.parent.mkdir(parents=True, exist_ok=True)
             PILImage.fromarray(grid_of(images)).save(path)
         self._append({"picture": str(path.relative_to(self._folder)), "samples_seen": samples_seen})
 
@@ -114,7 +114,8 @@ class Record:
         if self._mirror is None:
             return
         try:
-            send_pending(self._folder, self._mirror)
+            with self._room():
+                send_pending(self._folder, self._mirror)
         except MirrorError as error:
             self._mirror = None
             self._notify(str(error))

@@ -261,9 +261,8 @@ def check_memory(
     return ", ".join(_figures(*share) for share in shares), warning
 
 
-def has_room(world: World, needed: Memory, look: Callable[[], Machine]) -> bool:
-    """Say whether a training is forecast to fit into memory well, the same answer on all ranks."""
-    machine = look()
+def has_room(world: World, needed: Memory, machine: Machine) -> bool:
+    """Say whether a training is forecast to fit well into what this rank found, the same answer on all ranks."""
     shares = _shares(machine, world.gather(machine), needed, world.device.type)
     return not _short(world, shares, WARNING_SHARE)
 

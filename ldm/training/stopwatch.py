@@ -1,7 +1,8 @@
 """Where the time of a step goes, phase by phase: by the clock on a CPU, by events on a GPU, which nobody waits for.
 
-What is measured on a GPU is the stream that computes: communication is the time that it waits for other processes, not
-the time that they exchange something while it computes.
+What is measured on a GPU is the stream that computes: communication is the time that it waits in a collective, not the
+time that something is exchanged while it computes. Where DeepSpeed exchanges on streams of its own, a wait for them
+counts for the phase that waits.
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ class Stopwatch:
         return timed
 
     def take(self) -> dict[StepPhase, float]:
-        """Return the mean seconds of each phase of an update since the last call; on a GPU this waits for the last."""
+        """Return the seconds of each phase of all updates since the last call; on a GPU this waits for the last."""
         marks, self._marks = self._marks, []
-        measured = min(self._num_updates, MAX_MEASURED)
+        weight = max(1.0, self._num_updates / MAX_MEASURED)
         self._num_updates = 0
         if marks and self._device.type == "cuda":
             marks[-1][1].synchronize()
@@ -90,7 +91,7 @@ class Stopwatch:
         for (phase, begun), (_, ended) in zip(marks, marks[1:], strict=False):
             if phase is not None:
                 seconds[phase] = seconds.get(phase, 0.0) + _seconds_between(begun, ended)
-        return {phase: total / measured for phase, total in seconds.items()}
+        return {phase: total * weight for phase, total in seconds.items()}
 
     def _mark(self, phase: StepPhase | None) -> None:
         if self._device.type == "cuda":

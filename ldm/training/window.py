@@ -49,7 +49,15 @@ class Window:
 
     def restart(self) -> None:
         """Begin the time of the next step."""
-        self._last = time.monotonic()
+        self._last = self._marked = time.monotonic()
+
+    def mark(self) -> None:
+        """Begin the time that a device may still need for the steps after the host is through with them."""
+        self._marked = time.monotonic()
+
+    def settle(self) -> None:
+        """Count the time since the mark as the steps'."""
+        self.seconds += time.monotonic() - self._marked
 
     def tick(self) -> float:
         """Return the seconds since the last step ended."""

@@ -145,7 +145,8 @@ def drawn(settings: LongRun) -> list[Kill]:
     dice = random.Random(settings.seed)
     victims = [victim for _ in range(0, settings.kills, len(VICTIMS)) for victim in dice.sample(VICTIMS, len(VICTIMS))]
     total = Training(settings, "killed").total
-    moments = sorted(dice.randrange(0, int(0.97 * total)) for _ in range(settings.kills))
+    last = total - 2 * emoji.train_ldm("").loop.log_every  # there is a record yet to come when it is due
+    moments = sorted(dice.randrange(0, last) for _ in range(settings.kills))
     return [
         Kill(victim=victim, at_samples=moment, delay=dice.uniform(0.0, 12.0))
         for victim, moment in zip(victims, moments, strict=False)
@@ -161,12 +162,14 @@ def kill_through(training: Training, kills: list[Kill]) -> list[str]:
     for kill in kills[len(story) :]:
         if process is None or process.poll() is not None:
             process = training.start()
-        _wait_for(training, process, kill)
+        try:
+            _wait_for(training, process, kill)
+            target = _found(process, kill.victim, dice)
+        except BaseException:  # two trainings in one root would spoil it
+            _see_to_its_end(process, set(processes_of(process.pid)), patience=0.0)
+            raise
         everything = set(processes_of(process.pid))
         at = training.samples_seen
-        target = choose(process.pid, kill.victim, dice)
-        if target is None:
-            raise RuntimeError(f"there is no {kill.victim} to kill at {at:,} samples")
         os.kill(target, signal.SIGKILL)
         if kill.victim != "worker":  # Ray Train itself starts workers again
             _see_to_its_end(process, everything)
@@ -191,10 +194,22 @@ def _wait_for(training: Training, process: subprocess.Popen[bytes], kill: Kill) 
     time.sleep(kill.delay)
 
 
-def _see_to_its_end(process: subprocess.Popen[bytes], everything: set[psutil.Process]) -> None:
+def _found(process: subprocess.Popen[bytes], victim: str, dice: random.Random) -> int:
+    """Return the process to kill, once there is one: a run that was started again has none for a while."""
+    ends = time.monotonic() + LONGEST_SILENCE
+    while (target := choose(process.pid, victim, dice)) is None:
+        if process.poll() is not None or time.monotonic() > ends:
+            raise RuntimeError(f"there is no {victim} to kill")
+        time.sleep(POLL_SECONDS)
+    return target
+
+
+def _see_to_its_end(
+    process: subprocess.Popen[bytes], everything: set[psutil.Process], patience: float = PATIENCE
+) -> None:
     """Wait until a driver is gone, and take away what is left of its cluster."""
     try:
-        process.wait(timeout=PATIENCE)
+        process.wait(timeout=patience)
     except subprocess.TimeoutExpired:  # a driver may wait for ever for a raylet that is no more
         process.kill()
         process.wait()
