@@ -75,6 +75,8 @@ def test_an_autoencoder_has_more_flops_once_it_is_judged(name: str) -> None:
         num_rows=4,
     )
     state = torch.get_rng_state()
+    penalised = replace(training, loss=replace(training.loss, r1_weight=1.0))
+    assert row_flops(penalised, True) > row_flops(training, True)
     alone_flops, judged_flops = row_flops(training, False), row_flops(training, True)
     assert 0 < alone_flops < judged_flops
     assert torch.equal(torch.get_rng_state(), state), "random numbers were drawn, which the training would have drawn"
