@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,21 @@ class _Slice:
         return flats[self.flat].narrow(0, self.offset, self.numel)
 
 
+class _Passes(nn.Module):
+    """A network as DeepSpeed runs it: its forward is all that leads to a loss.
+
+    DeepSpeed begins a backward pass when a gradient reaches what its forward returned. Of a loss there is one, while
+    the network's own output may be differentiated before, for a term of the loss that depends on gradients.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, passes: Callable[[], Any]) -> Any:
+        return passes()
+
+
 class DeepSpeedEngine:
     """ZeRO stages 0 to 3."""
 
@@ -165,12 +181,14 @@ class DeepSpeedEngine:
         self.raw = module
         self._world = world
         self._stage = _stage_of(settings)
+        if self._stage == 3 and not all(weight.requires_grad for weight in module.parameters()):
+            raise ValueError(f"{config.zero_config} is stage 3, which slices weights that are not trained: take 2")
         self._precision = config.precision
         if config.is_compiled:
             module.compile()
         self._optimizer = build_optimizer(module.parameters(), optim)
         self._engine, *_ = deepspeed.initialize(
-            model=module,
+            model=_Passes(module),
             optimizer=self._optimizer,
             config=settings,
             dist_init_required=not torch.distributed.is_initialized(),
@@ -178,22 +196,25 @@ class DeepSpeedEngine:
         if config.precision is Precision.FP16:  # the loop ends a run of lost steps, and says which rows they were
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self._weights: dict[str, Any] = dict(module.named_parameters())
-        averaged = dict(self._weights) if self._stage == 0 else {str(i): f for i, f in enumerate(self._flats())}
-        self._ema = Ema(averaged, ema) if ema.half_life_samples else None
+        self._ema = Ema(self._averaged_weights(), ema) if ema.half_life_samples else None
         self.stopwatch = Stopwatch(world.device)
-        _time_collectives(self.stopwatch)
-        self.wrapped: Callable[..., Any] = self._engine
+        self._is_updating = False
+
+    def wrapped(self, *inputs: Any) -> Any:
+        """Call the network; within an update it runs as a part of the loss, which DeepSpeed has begun already."""
+        return self.raw(*inputs) if self._is_updating else self._engine(partial(self.raw, *inputs))
 
     def update(self, micro_losses: Sequence[Callable[[], Tensor]], lr: float, samples: tuple[int, int]) -> Tensor:
         """Make one step; see `Engine.update`. DeepSpeed itself divides by the number of micro-batches."""
         watch = self.stopwatch
         watch.begin()
+        _time_collectives(watch)
         set_learning_rate(self._engine.optimizer, lr)
         norm = torch.zeros(())
         for micro_loss in micro_losses:
             watch.enter(StepPhase.FORWARD)
             with autocast(self._precision if self._stage == 0 else Precision.FP32, self._world.device):
-                loss = micro_loss()
+                loss = self._loss(micro_loss)
             watch.enter(StepPhase.BACKWARD)
             self._engine.backward(loss)
             watch.enter(StepPhase.OPTIMIZER)
@@ -203,8 +224,7 @@ class DeepSpeedEngine:
             self._engine.step()
         watch.enter(StepPhase.AVERAGES)
         if self._ema is not None:
-            flats = self._weights if self._stage == 0 else {str(i): flat for i, flat in enumerate(self._flats())}
-            self._ema.update(flats, *samples)
+            self._ema.update(self._averaged_weights(), *samples)
         watch.end()
         if self._stage == 0:
             return norm
@@ -219,7 +239,7 @@ class DeepSpeedEngine:
             yield
             return
         if self._stage < 3:
-            with swapped_in(self._weights, {name: self._whole(name, averages) for name in self._trained()}):
+            with swapped_in(self._weights, {name: self._whole(name, averages) for name in self._weights}):
                 yield
             return
         slices, flats = self._slices(), list(averages.values())
@@ -236,18 +256,17 @@ class DeepSpeedEngine:
 
     def weights(self, half_life: int = 0) -> dict[str, Tensor]:
         """Return the whole averaged weights, float32 on the CPU; see `Engine.weights`."""
-        averages, trained = averages_of(self._ema, half_life), self._trained()
-        return {
-            name: (self._whole(name, averages) if name in trained else weight.detach()).float().cpu().clone()
-            for name, weight in self._weights.items()
-        }
+        averages = averages_of(self._ema, half_life)
+        return {name: self._whole(name, averages).float().cpu().clone() for name in self._weights}
 
     def snapshot(self) -> Snapshot:
         """Return what this process holds that no other does."""
         if self._stage == 0 and not self._world.is_main:
             return Snapshot()
         extra = {"buffers": buffers_of(self.raw), "scaler": self._scaler_state()}
-        return fragments_snapshot(self._world.rank, self._fragments(), shapes_of(self._weights), extra)
+        untrained = {} if self._world.is_main else self._untrained()  # every process holds all of these
+        own = {name: fragment for name, fragment in self._fragments().items() if name not in untrained}
+        return fragments_snapshot(self._world.rank, own, shapes_of(self._weights), extra)
 
     def save(self, folder: Path) -> None:
         """Write the snapshot."""
@@ -271,6 +290,24 @@ class DeepSpeedEngine:
 
     def _trained(self) -> dict[str, Any]:
         return {name: weight for name, weight in self._weights.items() if weight.requires_grad}
+
+    def _untrained(self) -> dict[str, Any]:
+        """The weights that no gradient moves, which DeepSpeed leaves whole under stages 1 and 2."""
+        return {name: weight for name, weight in self._weights.items() if not weight.requires_grad}
+
+    def _averaged_weights(self) -> dict[str, Tensor]:
+        """What averages are kept of: weights by name, or under stages 1 to 3 flat tensors by number before them."""
+        if self._stage == 0:
+            return self._weights
+        return {**{str(i): flat for i, flat in enumerate(self._flats())}, **self._untrained()}
+
+    def _loss(self, micro_loss: Callable[[], Tensor]) -> Tensor:
+        self._is_updating = True
+        try:
+            loss: Tensor = self._engine(micro_loss)
+        finally:
+            self._is_updating = False
+        return loss
 
     def _flats(self) -> list[Tensor]:
         """The float32 weights that this process holds, flat and padded, one tensor for each of DeepSpeed's groups."""
@@ -304,7 +341,7 @@ class DeepSpeedEngine:
         states = [self._optimizer.state.get(flat, {}) for flat in flats]
         parts = {WEIGHT: flats, **{m: [state[m] for state in states] for m in MOMENTS if all(states)}}
         parts |= {part: list(average.values()) for part, average in averages.items()}
-        return {
+        sliced = {
             name: Fragment(
                 start=held.start,
                 parts={part: held.of(tensors) for part, tensors in parts.items()},
@@ -312,11 +349,16 @@ class DeepSpeedEngine:
             )
             for name, held in self._slices().items()
         }
+        whole = {
+            name: Fragment(parts={WEIGHT: weight, **{part: average[name] for part, average in averages.items()}})
+            for name, weight in self._untrained().items()
+        }
+        return {**sliced, **whole}
 
     def _whole(self, name: str, averages: dict[str, Tensor]) -> Tensor:
         """Return a whole average, or weight where there are none, float32, put together from every process's slice."""
         weight = self._weights[name]
-        if self._stage == 0:
+        if self._stage == 0 or not weight.requires_grad:
             return averages[name] if averages else weight.detach()
         shape = shapes_of({name: weight})[name]
         whole = torch.zeros(math.prod(shape), device=self._world.device)
