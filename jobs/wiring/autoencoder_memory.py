@@ -22,10 +22,13 @@ from ldm.losses.discriminator import Discriminator
 from ldm.losses.perceptual import perceptual_distance
 from ldm.training.activations import Pass, traced
 from ldm.training.flops import counted_flops
-from ldm.training.memory import FP32, MOMENTS, Memory
+from ldm.training.memory import FP32, MOMENTS, Memory, Sharding, Step, forecast, read_sharding, resting, together
 from ldm.training.reconstruction_config import ReconstructionConfig
 
 GIGA = 1e9
+UNSHARDED = Sharding(name="local")
+LEAST_FILE = "infra/deepspeed/zero2.json"
+"""The DeepSpeed file under which a rank needs least, of those that stage 1 goes with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,8 @@ class Reconstructing:
         is_bf16: whether the passes compute in bfloat16.
         num_ranks: ranks that train together.
         num_rows: rows of a batch on one rank.
+        sharding: how the engines spread the networks over ranks.
+        is_on_cpu: whether they train on CPUs.
     """
 
     autoencoder: AutoencoderConfig
@@ -49,6 +54,8 @@ class Reconstructing:
     is_bf16: bool
     num_ranks: int
     num_rows: int
+    sharding: Sharding = UNSHARDED
+    is_on_cpu: bool = True
 
 
 class _Judged(nn.Module):
@@ -128,9 +135,35 @@ def _discriminator_loss(training: Reconstructing, judge: nn.Module) -> Tensor:
 
 def needed(training: Reconstructing) -> Memory:
     """Return what a rank holds at the moment of a step when that is most."""
-    passed = autoencoder_pass(training)
+    alone = replace(training, sharding=UNSHARDED, num_ranks=1)  # a pass is the same under every sharding
+    passes = autoencoder_pass(alone), discriminator_pass(alone)
+    return (_unsharded if training.sharding.stage is None else _sharded)(training, *passes)
+
+
+def _sharded(training: Reconstructing, passed: Pass, judging: Pass) -> Memory:
+    """Return the most of both networks' steps, each beside what the other holds meanwhile."""
+    sharding = training.sharding
+    step = Step(
+        passed=passed,
+        num_ranks=training.num_ranks,
+        num_micro_batches=1,
+        weight_bytes=FP32,
+        num_averages=int(training.has_averages),
+        is_on_cpu=training.is_on_cpu,
+    )
+    judges = replace(step, passed=judging)
+    twice = judging.num_weights * FP32 + judging.frozen_bytes  # it is among the autoencoder's frozen ones too
+    moments = [(step, judges, "autoencoder"), (judges, step, "discriminator")]
+    found = [
+        replace(both, moment=f"{name}, {both.moment}", weights=both.weights - twice)
+        for moving, still, name in moments[: 2 if training.loss.adversarial_weight > 0 else 1]
+        for both in [together(forecast(sharding, moving), resting(sharding, still))]
+    ]
+    return max(found, key=lambda memory: memory.total)
+
+
+def _unsharded(training: Reconstructing, passed: Pass, judging: Pass) -> Memory:
     is_adversarial = training.loss.adversarial_weight > 0
-    judging = discriminator_pass(training)
     own, other = passed.num_weights * FP32, judging.num_weights * FP32
     moved = passed.num_weights + (judging.num_weights if is_adversarial else 0)
     always = {
@@ -175,6 +208,10 @@ def advice(training: Reconstructing) -> tuple[str, ...]:
         ways += ["more workers, or a smaller --batch-size: it is divided among them, and rows are most of it"]
     if training.loss.perceptual_weight and training.loss.perceptual_rows != 1:
         ways += ["fewer --loss.perceptual-rows"]
+    if training.num_ranks > 1 and not training.is_bf16 and (training.sharding.stage or 0) < 2:
+        less = needed(replace(training, sharding=read_sharding(LEAST_FILE))).device
+        if less < needed(training).device:
+            ways += [f"--engine.kind deepspeed --engine.zero-config {LEAST_FILE}: {less / GIGA:.1f} GB"]
     return (*ways, "devices with more memory, or a smaller network")
 
 

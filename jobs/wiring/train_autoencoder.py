@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 
-from jobs.wiring.autoencoder_memory import Reconstructing, advice, described, needed, row_flops
-from jobs.wiring.machine import free_share
+from jobs.wiring.autoencoder_memory import UNSHARDED, Reconstructing, advice, described, needed, row_flops
+from jobs.wiring.machine import free_share, trains_on_cpu
 from jobs.wiring.recording import open_record
 from jobs.wiring.self_testing import Forecast, begin_self_tests
 from ldm import storage
-from ldm.autoencoder.codebook import CodebookConfig, CodebookMemory
+from ldm.autoencoder.codebook import CodebookConfig, CodebookMemory, CodebookUpdate
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.autoencoder.regularizer import Regularizer
 from ldm.config import Config, added_later
@@ -31,6 +31,7 @@ from ldm.training.engine import Engine, EngineConfig, EngineKind, Precision
 from ldm.training.engines import build_engine
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import LoopConfig, Progress, Surroundings, train
+from ldm.training.memory import Sharding, read_sharding
 from ldm.training.optim import OptimConfig
 from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.speed import peak_flops
@@ -66,7 +67,7 @@ class TrainAutoencoderConfig(Config):
     ema: EmaConfig = EmaConfig()
     """Moving average of the weights, which is what is validated and used."""
     engine: EngineConfig = EngineConfig()
-    """Local engine; two networks with two optimizers are not sharded."""
+    """Local engine or DeepSpeed: each network has an engine of its own."""
     loop: LoopConfig = LoopConfig()
     """Length and intervals."""
     launch: LaunchConfig = LaunchConfig()
@@ -94,9 +95,11 @@ class TrainAutoencoderConfig(Config):
     def __post_init__(self) -> None:
         if self.autoencoder.regularizer is Regularizer.KL and self.loss.codebook != CodebookConfig():
             raise ValueError(f"loss.codebook belongs to vq, got {self.loss.codebook} for kl")
-        engine = self.engine
-        if engine.kind is not EngineKind.LOCAL or engine.micro_batch_size or engine.finds_micro_batch:
-            raise ValueError("stage 1 trains two networks in turns: engine.kind is local, without micro-batches")
+        if self.engine.micro_batch_size or self.engine.finds_micro_batch:
+            raise ValueError(
+                "stage 1 weighs two losses by the gradients of a whole batch: engine.micro_batch_size must be 0 and "
+                "engine.finds_micro_batch off"
+            )
         if self.engine.precision is Precision.FP16:
             raise ValueError("stage 1 weighs its losses by their gradients, too small for fp16: take bf16 or fp32")
         if self.ema.further_half_lives:
@@ -157,11 +160,37 @@ def check_inputs(config: TrainAutoencoderConfig) -> Manifest:
             "dataset with picture.resize short-side, or centre-crop"
         )
     check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
+    check_sharding(config)
     if config.initial:
         _initial_network(config)
     if manifest.num_rows(Split.VALIDATION) == 0:
         raise ValueError(f"{config.dataset} holds no validation rows; hold some out when the dataset is made")
     return manifest
+
+
+def check_sharding(config: TrainAutoencoderConfig) -> None:
+    """Refuse what can't be told a network that lies in slices.
+
+    Raises:
+        ValueError: naming the option and what to take in its place.
+    """
+    stage, codebook = _sharding(config).stage or 0, config.loss.codebook
+    if stage == 3:
+        raise ValueError(f"{config.engine.zero_config} is stage 3: an autoencoder goes with stages 0 to 2, or local")
+    if stage and config.engine.precision is not Precision.FP32:
+        raise ValueError(
+            f"{config.engine.zero_config} is stage {stage}, under which stage 1 computes in fp32: for "
+            f"{config.engine.precision} take stage 0, or engine.kind local"
+        )
+    if stage and codebook.revive_after_samples and codebook.update is CodebookUpdate.GRADIENT:
+        raise ValueError(
+            f"loss.codebook.revive_after_samples moves codes beside the optimizer, which holds slices of them under "
+            f"{config.engine.zero_config}: take codebook.update moving_average, stage 0, or engine.kind local"
+        )
+
+
+def _sharding(config: TrainAutoencoderConfig) -> Sharding:
+    return UNSHARDED if config.engine.kind is EngineKind.LOCAL else read_sharding(config.engine.zero_config)
 
 
 def train_autoencoder_worker(
@@ -175,7 +204,7 @@ def train_autoencoder_worker(
     """Train in one process of the group; the main one records into the MLflow run and publishes the autoencoder."""
     manifest = load_manifest(config.dataset)
     tests = None
-    training = _reconstructing(config, manifest, world.size)
+    training = _reconstructing(config, manifest, world.size, is_on_cpu=world.device.type == "cpu")
     if config.self_tests:
         forecast = Forecast(needed=partial(needed, training), advice=partial(advice, training))
         tests = begin_self_tests(config, config.root, manifest, forecast, world, report)
@@ -288,14 +317,21 @@ def describe(config: TrainAutoencoderConfig, manifest: Manifest) -> str:
             f"batch     {config.batch_size} = {workers} workers x {config.batch_size // workers} rows",
             f"length    {config.loop.total_samples:,} samples = {steps:,} steps = "
             f"{config.loop.total_samples / max(1, num_rows):.1f} epochs",
-            f"workers   {workers} x ({config.launch.cpus_per_worker:g} CPU, {config.launch.gpus_per_worker:g} GPU)",
+            f"workers   {workers} x ({config.launch.cpus_per_worker:g} CPU, {config.launch.gpus_per_worker:g} GPU), "
+            f"engine {config.engine.kind}"
+            + (f" ({config.engine.zero_config})" if config.engine.kind == "deepspeed" else ""),
             f"output    {config.root}",
-            described(_reconstructing(config, manifest, workers), free_share(config.launch)),
+            described(
+                _reconstructing(config, manifest, workers, is_on_cpu=trains_on_cpu(config.launch)),
+                free_share(config.launch),
+            ),
         ]
     )
 
 
-def _reconstructing(config: TrainAutoencoderConfig, manifest: Manifest, num_ranks: int) -> Reconstructing:
+def _reconstructing(
+    config: TrainAutoencoderConfig, manifest: Manifest, num_ranks: int, *, is_on_cpu: bool
+) -> Reconstructing:
     return Reconstructing(
         autoencoder=config.autoencoder,
         loss=config.loss,
@@ -304,6 +340,8 @@ def _reconstructing(config: TrainAutoencoderConfig, manifest: Manifest, num_rank
         is_bf16=config.engine.precision is Precision.BF16,
         num_ranks=num_ranks,
         num_rows=config.batch_size // num_ranks,
+        sharding=_sharding(config),
+        is_on_cpu=is_on_cpu,
     )
 
 

@@ -178,7 +178,7 @@ class DeepSpeedEngine:
     ) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
         settings = zero_settings(config, optim, rows, world.size)
-        self.raw = module
+        self.raw = module.to(memory_format=torch.contiguous_format)  # the one that DeepSpeed sends and flattens
         self._world = world
         self._stage = _stage_of(settings)
         if self._stage == 3 and not all(weight.requires_grad for weight in module.parameters()):
@@ -199,10 +199,7 @@ class DeepSpeedEngine:
         self._ema = Ema(self._averaged_weights(), ema) if ema.half_life_samples else None
         self.stopwatch = Stopwatch(world.device)
         self._is_updating = False
-
-    def wrapped(self, *inputs: Any) -> Any:
-        """Call the network; within an update it runs as a part of the loss, which DeepSpeed has begun already."""
-        return self.raw(*inputs) if self._is_updating else self._engine(partial(self.raw, *inputs))
+        self.wrapped: Callable[..., Any] = self._passed
 
     def update(self, micro_losses: Sequence[Callable[[], Tensor]], lr: float, samples: tuple[int, int]) -> Tensor:
         """Make one step; see `Engine.update`. DeepSpeed itself divides by the number of micro-batches."""
@@ -300,6 +297,10 @@ class DeepSpeedEngine:
         if self._stage == 0:
             return self._weights
         return {**{str(i): flat for i, flat in enumerate(self._flats())}, **self._untrained()}
+
+    def _passed(self, *inputs: Any) -> Any:
+        """Call the network; within an update that is a part of the loss, which DeepSpeed has begun already."""
+        return self.raw(*inputs) if self._is_updating else self._engine(partial(self.raw, *inputs))
 
     def _loss(self, micro_loss: Callable[[], Tensor]) -> Tensor:
         self._is_updating = True

@@ -116,23 +116,20 @@ class Memory:
 
 def forecast(sharding: Sharding, step: Step) -> Memory:
     """Return what a rank holds at the moment of a step when that is most."""
-    match sharding.stage:
-        case None:
-            moments = _local(step)
-        case 0:
-            moments = _stage_0(step)
-        case 3:
-            moments = _stage_3(sharding, step)
-        case _:
-            moments = _stage_1_or_2(sharding, step)
-    return max(moments, key=lambda memory: memory.total)
+    return max(_moments(sharding, step), key=lambda memory: memory.total)
 
 
-def joined(parts: list[Memory]) -> Memory:
-    """Return several networks' memory together, as if each were at its most at once."""
+def resting(sharding: Sharding, step: Step) -> Memory:
+    """Return what a rank holds at every moment of a step, and so while it makes another network's."""
+    moments = list(_moments(sharding, step))
+    names = ("weights", "gradients", "optimizer", "averages", "buffers", "host")
+    return Memory(moment="rest", **{name: min(getattr(moment, name) for moment in moments) for name in names})
+
+
+def together(one: Memory, other: Memory) -> Memory:
+    """Return two networks' memory at a moment of the first's."""
     names = ("weights", "gradients", "optimizer", "averages", "buffers", "activations", "host")
-    sums = {name: sum(getattr(part, name) for part in parts) for name in names}
-    return Memory(moment=parts[0].moment, **sums)
+    return replace(one, **{name: getattr(one, name) + getattr(other, name) for name in names})
 
 
 def read_sharding(path: str) -> Sharding:
@@ -161,6 +158,18 @@ def read_sharding(path: str) -> Sharding:
 
 def _is_on_host(offload: dict[str, Any] | None) -> bool:
     return offload is not None and offload.get("device", "none") != "none"
+
+
+def _moments(sharding: Sharding, step: Step) -> Iterator[Memory]:
+    match sharding.stage:
+        case None:
+            return _local(step)
+        case 0:
+            return _stage_0(step)
+        case 3:
+            return _stage_3(sharding, step)
+        case _:
+            return _stage_1_or_2(sharding, step)
 
 
 def _local(step: Step) -> Iterator[Memory]:
