@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs.wiring import speed_forecast, trials
+from jobs.wiring import micro_batch, speed_forecast, trials
 from jobs.wiring.memory_forecast import Denoising, needed
 from jobs.wiring.outlook import show_outlook, speed
 from jobs.wiring.speed_forecast import forecast_rate
@@ -225,6 +225,16 @@ def test_a_dry_run_of_a_search_forecasts_with_what_it_would_find(
     monkeypatch.setattr(trials.Trials, "seconds", lambda _, rows: {4: 1.0, 2: 0.2, 1: 0.5}[rows])
     line = said(replace(on_ray(folder, "search"), engine=EngineConfig(finds_micro_batch=True)))
     assert line.startswith("forecast  at most 20.0 images a second on 2 workers")
+
+
+def test_where_a_search_finds_no_room_one_row_is_forecast_as_it_would_be_trained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, timed: list[int], said: Said
+) -> None:
+    machine = Machine(name="", device="cpu", free_device_bytes=0, free_host_bytes=0)
+    monkeypatch.setattr(micro_batch, "look_around", lambda _: machine)
+    line = said(replace(on_ray(folder, "one-row"), engine=EngineConfig(finds_micro_batch=True)))
+    assert line.startswith("forecast  at most 40.0 images a second on 2 workers")
+    assert timed == [1]
 
 
 def test_a_dry_run_tells_what_is_left(folder: Path, timed: list[int], said: Said) -> None:

@@ -49,7 +49,7 @@ def dry_forecast(training: Denoising, launch: LaunchConfig, samples_seen: int, t
     device = torch.device("cpu") if training.is_on_cpu else torch.device("cuda", torch.cuda.current_device())
     world = World(rank=0, size=1, device=device)
     with _threads_of_a_rank(launch, device):
-        rate = forecast_rate(training, world, _searched(training, world))
+        rate = forecast_rate(training.with_least_rows(), world, _searched(training, world))
     if not rate:
         return "forecast  of images a second: the passes of one rank have no room on this machine now"
     # The ranks of a machine share the bandwidth of its memory, which one alone had for itself.
