@@ -24,6 +24,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from ldm.training.pace import rate_in_words
+
 if TYPE_CHECKING:  # it would bring torch into jobs that have no use for it
     from ldm.training.loop import Progress as TrainProgress
 
@@ -292,9 +294,15 @@ def _time_spent(metrics: dict[str, float]) -> str:
     told = [
         f"{name.replace('_', ' ')} {share:.1%}" for name, share in sorted(shares.items(), key=lambda pair: -pair[1])
     ]
-    speed = f"; {metrics['tflops_per_second']:.3g} TFLOP/s a worker" if "tflops_per_second" in metrics else ""
-    speed += f", MFU {metrics['mfu']:.1%}" if "mfu" in metrics else ""
-    return f"a step was {', '.join(told)}{speed}" if told else ""
+    speed = []
+    if "tflops_per_second" in metrics:
+        speed.append(f"{metrics['tflops_per_second']:.3g} TFLOP/s a worker")
+    if "mfu" in metrics:
+        speed.append(f"MFU {metrics['mfu']:.1%}")
+    if "forecast_share" in metrics:
+        forecast = rate_in_words(metrics["images_per_second_forecast"])
+        speed.append(f"{metrics['forecast_share']:.0%} of the forecast {forecast} img/s")
+    return f"a step was {'; '.join(', '.join(part) for part in (told, speed) if part)}" if told else ""
 
 
 def _short(metrics: dict[str, float]) -> str:

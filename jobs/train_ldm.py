@@ -12,9 +12,10 @@ from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import TRAIN_LDM
 from jobs.session import is_main_process, prepare
 from jobs.wiring.first_stage import settled
+from jobs.wiring.outlook import show_outlook
 from jobs.wiring.registering import register_model
 from jobs.wiring.repeating import announce_repetition
-from jobs.wiring.train_ldm import check_inputs, checkpoint_store, describe, is_done, num_parameters, train_ldm_worker
+from jobs.wiring.train_ldm import check_inputs, checkpoint_store, is_done, num_parameters, train_ldm_worker
 from jobs.wiring.training import inputs_of, run_training
 from ldm.training.world import World
 
@@ -28,7 +29,7 @@ def main() -> None:
     announce_repetition(asked.page, config.root, inputs_of(manifest, config.latents))
     checkpoint_store(config, manifest, World(rank=0, size=1, device=torch.device("cpu"))).check_identity()
     if dry_run:
-        print(describe(config, manifest))
+        show_outlook(config, manifest)
         return
     if is_done(config, manifest):
         print(f"model already there: {config.model_folder}")

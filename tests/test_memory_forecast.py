@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from jobs.wiring.memory_forecast import Denoising, Told, advice, denoiser_pass, forecasts, needed
-from jobs.wiring.train_ldm import check_inputs, describe
+from jobs.wiring.outlook import describe
+from jobs.wiring.train_ldm import check_inputs
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
 from ldm.conditioning.transformer import TokenTransformerConfig
 from ldm.training.activations import Pass, traced

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.wiring import micro_batch
+from jobs.wiring import micro_batch, trials
 from ldm.training.engine import EngineConfig
 from ldm.training.loop import Progress
 from ldm.training.micro_batch import NothingFitsError, find_micro_batch
@@ -80,13 +80,13 @@ def test_a_training_finds_it_once_and_is_the_one_with_that_micro_batch_bit_for_b
     fastest = {8: 1.0, 4: 0.4, 2: 0.5, 1: 0.5}
     measured: list[int] = []
 
-    def seconds(trials: micro_batch._Trials, rows: int) -> float:
-        assert (real(trials, rows) or 0) > 0
+    def seconds(trial: trials.Trials, rows: int) -> float:
+        assert (real(trial, rows) or 0) > 0
         measured.append(rows)
         return fastest[rows]
 
-    real = micro_batch._Trials.seconds
-    monkeypatch.setattr(micro_batch._Trials, "seconds", seconds)
+    real = trials.Trials.seconds
+    monkeypatch.setattr(trials.Trials, "seconds", seconds)
     notices: list[str] = []
 
     def report(progress: Progress) -> None:
@@ -97,9 +97,10 @@ def test_a_training_finds_it_once_and_is_the_one_with_that_micro_batch_bit_for_b
     run(config, report)
     assert measured == [8, 4, 2, 1]
     assert any("micro-batches of 4 of a worker's 8 rows: 10.0 img/s" in notice for notice in notices), notices
+    assert any(notice.startswith("forecast 10.0 images a second") for notice in notices), notices
     again = replace(config, loop=replace(config.loop, total_samples=32))
     run(again)
-    assert measured == [8, 4, 2, 1], "a start after the first takes what was found"
+    assert measured == [8, 4, 2, 1, 4], "a start after the first takes what was found, and times that alone"
     stated = replace(again, root=str(folder / "stated"), record=str(folder / "stated-record"))
     run(replace(stated, engine=EngineConfig(micro_batch_size=4)))
     assert same_weights(folder, "found", "stated")
@@ -112,7 +113,7 @@ def test_a_training_finds_it_once_and_is_the_one_with_that_micro_batch_bit_for_b
 def test_other_devices_are_searched_anew_and_what_was_found_on_each_is_kept(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(micro_batch._Trials, "seconds", lambda _, rows: float(rows))
+    monkeypatch.setattr(trials.Trials, "seconds", lambda _, rows: float(rows))
     config = replace(tiny_config(folder, "moved", total_samples=8), engine=EngineConfig(finds_micro_batch=True))
     run(config)
     path = folder / "moved" / micro_batch.FILE
@@ -139,7 +140,7 @@ def test_without_memory_for_any_trial_the_training_goes_on_with_one_row(
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(micro_batch, fails, fail)
+    monkeypatch.setattr(trials, fails, fail)
     config = tiny_config(folder, fails, total_samples=8)
     run(replace(config, engine=EngineConfig(finds_micro_batch=True)))
     run(replace(tiny_config(folder, f"{fails}-one", total_samples=8), engine=EngineConfig(micro_batch_size=1)))

@@ -26,6 +26,7 @@ from ldm.training.engine import EngineConfig, LocalEngine, Precision
 from ldm.training.flops import counted_flops
 from ldm.training.loop import Progress
 from ldm.training.optim import OptimConfig
+from ldm.training.pace import duration_in_words, pace_in_words, pace_metrics, rate_in_words
 from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.speed import peak_flops, peak_of, speed_metrics
 from ldm.training.stopwatch import MAX_MEASURED, StepPhase, Stopwatch
@@ -198,6 +199,28 @@ def test_nothing_is_said_of_what_is_not_known(engine: LocalEngine) -> None:
     assert "mfu" not in speed_metrics([engine], alone(), **given, flops=1e9, peak=0.0)  # type: ignore[arg-type]
 
 
+def test_the_pace_is_told_beside_its_forecast_and_alone_without_one() -> None:
+    assert pace_metrics(48, 2.0, 32.0) == {
+        "images_per_second": 24.0,
+        "images_per_second_forecast": 32.0,
+        "forecast_share": 0.75,
+    }
+    assert pace_metrics(48, 2.0, 0.0) == {"images_per_second": 24.0}
+
+
+def test_a_forecast_in_words_says_how_long_what_is_left_takes() -> None:
+    assert pace_in_words(24.0, 2, 0, 96_000) == (
+        "24.0 images a second on 2 workers, forward and back alone: 96,000 samples in 1 h 7 min"
+    )
+    assert pace_in_words(24.0, 1, 48_000, 96_000) == (
+        "24.0 images a second on 1 worker, forward and back alone: the 48,000 samples that are left in 33 min"
+    )
+    assert [rate_in_words(rate) for rate in (1234.5, 24.06, 0.0419)] == ["1,234.5", "24.1", "0.042"]
+    seconds = (45, 119, 120, 3599, 3960, 86_400 * 3 + 3600 * 4)
+    words = ["45 s", "119 s", "2 min", "1 h 0 min", "1 h 6 min", "3 d 4 h"]
+    assert [duration_in_words(each) for each in seconds] == words
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_measured_without_a_wait_within_an_update() -> None:
     watch = Stopwatch(torch.device("cuda"))
@@ -276,6 +299,10 @@ def test_a_training_ends_with_where_its_time_went() -> None:
     assert shown.getvalue().splitlines()[-1] == (
         "denoiser: a step was forward 25.0%, data wait 0.5%; 1.23 TFLOP/s a worker, MFU 30.0%"
     )
+    shown = io.StringIO()
+    with TrainingBar("denoiser", Console(file=shown, width=200)) as bar:
+        bar(Progress(done=8, total=8, metrics={**told, **pace_metrics(48, 2.0, 25.6)}))
+    assert shown.getvalue().splitlines()[-1].endswith("a worker, MFU 30.0%, 94% of the forecast 25.6 img/s")
     silent = io.StringIO()
     with TrainingBar("sampling", Console(file=silent, width=200)) as bar:
         bar(Progress(done=8, total=8))

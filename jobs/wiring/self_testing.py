@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -21,6 +21,8 @@ from ldm.training.self_tests import Findings
 from ldm.training.task import Task
 from ldm.training.world import World
 from pipeline.store.manifest import Manifest
+
+FoundT = TypeVar("FoundT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,13 @@ class SelfTests:
 
     attempt: Attempt
     findings: Findings
+
+    def timed(self, measure: Callable[[], FoundT]) -> FoundT:
+        """Return what a measurement finds whose seconds count as the tests'."""
+        started = self.attempt.clock()
+        found = measure()
+        self.findings.seconds += self.attempt.clock() - started
+        return found
 
     def around(self, task: Task[Any], networks: Mapping[str, nn.Module], tracker: Tracker) -> Task[Any]:
         """Return the task with the tests around its first step."""

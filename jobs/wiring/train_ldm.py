@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
-from jobs.wiring.machine import free_share, trains_on_cpu
-from jobs.wiring.memory_forecast import Denoising, advice, needed, table, told_of
+from jobs.wiring.memory_forecast import Denoising, advice, needed, told_of
 from jobs.wiring.micro_batch import with_micro_batch
 from jobs.wiring.recording import open_record
 from jobs.wiring.self_testing import Forecast, begin_self_tests
+from jobs.wiring.speed_forecast import forecast_rate
 from ldm import storage
 from ldm.conditioning.conditioner import ConditioningConfig
 from ldm.conditioning.layout import num_objects
@@ -118,7 +118,8 @@ class TrainLdmConfig(Config):
     seed: int = 0
     """Seed of initial weights and all draws."""
     self_tests: bool = added_later(True)
-    """Whether every attempt first shows that ranks, storage, network and memory are what it needs; takes seconds."""
+    """Whether every attempt first shows that ranks, storage, network and memory are what it needs, and forecasts its
+    images a second; takes seconds, and three passes of a micro-batch."""
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_streams:
@@ -201,12 +202,13 @@ def train_ldm_worker(
     """Train in one process of the group; the main one records into the MLflow run and publishes the finished model."""
     manifest = load_manifest(config.latents)
     tests = None
-    training = _denoising(config, manifest, world.size, is_on_cpu=world.device.type == "cpu")
+    training = denoising(config, manifest, world.size, is_on_cpu=world.device.type == "cpu")
     if config.self_tests:
         least = training.with_least_rows()
         forecast = Forecast(needed=partial(needed, least), advice=partial(advice, least))
         tests = begin_self_tests(config, config.root, manifest, forecast, world, report)
-    training = with_micro_batch(training, config.root, world, report)
+    training, searched = with_micro_batch(training, config.root, world, report)
+    rate = 0.0 if tests is None else tests.timed(partial(forecast_rate, training, world, searched))
     read_tokens = token_reader(manifest, config.text, config.conditioning.text, world.device)
     loader = LatentLoader(manifest, config.loader(Split.TRAIN), world.rank, world.size, read_tokens)
     held_out = LatentLoader(manifest, config.loader(Split.VALIDATION), 0, 1, read_tokens)
@@ -236,6 +238,7 @@ def train_ldm_worker(
         report=report,
         should_stop=should_stop,
         peak_flops=peak_flops(world.device, config.engine),
+        forecast=rate,
     )
     checked = task if tests is None else tests.around(task, {"unet": engine.raw}, around.tracker)
     state = train(checked, loader, config.loop, around)
@@ -269,38 +272,8 @@ def num_parameters(config: TrainLdmConfig) -> int:
     return sum(weight.numel() for weight in network.parameters())
 
 
-def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
-    """Return what a run would do: rows, batches, workers, parameters."""
-    num_rows, workers = manifest.num_rows(Split.TRAIN), config.launch.num_workers
-    rows = config.batch_size // workers
-    micro = config.engine.micro_batches(rows)
-    steps = -(-config.loop.total_samples // config.batch_size)
-    return "\n".join(
-        [
-            f"train     {num_rows:,} rows of {config.latents} ({len(manifest.shards_of(Split.TRAIN))} shards), "
-            f"{manifest.num_rows(Split.VALIDATION):,} held out",
-            f"network   {num_parameters(config) / 1e6:,.1f} M parameters, {config.engine.precision}",
-            f"batch     {config.batch_size} = {workers} workers x "
-            + (
-                f"{rows} rows, in micro-batches that the start finds"
-                if config.engine.finds_micro_batch
-                else f"{len(micro)} micro-batches x {micro[0][1]} rows"
-            ),
-            f"length    {config.loop.total_samples:,} samples = {steps:,} steps = "
-            f"{config.loop.total_samples / max(1, num_rows):.1f} epochs",
-            f"workers   {workers} x ({config.launch.cpus_per_worker:g} CPU, {config.launch.gpus_per_worker:g} GPU), "
-            f"engine {config.engine.kind}"
-            + (f" ({config.engine.zero_config})" if config.engine.kind == "deepspeed" else ""),
-            f"output    {config.root}",
-            table(
-                _denoising(config, manifest, workers, is_on_cpu=trains_on_cpu(config.launch)),
-                free_share(config.launch),
-            ),
-        ]
-    )
-
-
-def _denoising(config: TrainLdmConfig, manifest: Manifest, num_ranks: int, *, is_on_cpu: bool) -> Denoising:
+def denoising(config: TrainLdmConfig, manifest: Manifest, num_ranks: int, *, is_on_cpu: bool) -> Denoising:
+    """Return a training on so many ranks, as far as its memory and its passes go."""
     return Denoising(
         unet=config.unet,
         conditioning=config.conditioning,

@@ -17,6 +17,7 @@ from ldm.training.checkpoint import CheckpointStore
 from ldm.training.heartbeats import Phase
 from ldm.training.machine_load import MachineLoad
 from ldm.training.out_of_memory import memory_explained
+from ldm.training.pace import pace_in_words, pace_metrics
 from ldm.training.record import Tracker
 from ldm.training.rollback import look_for_lost_row, roll_back
 from ldm.training.speed import speed_metrics
@@ -125,6 +126,7 @@ class Surroundings:
         load: measures what every process and its machine are busy with.
         enters: called with what comes next, and at which sample; the loop's watchdog is put there.
         peak_flops: FLOP a second that this process's device could make; 0 where that is not known.
+        forecast: images a second that all processes would make by forward and backward alone; 0 where nobody measured.
     """
 
     world: World
@@ -136,6 +138,7 @@ class Surroundings:
     load: MachineLoad = field(default_factory=MachineLoad)
     enters: Callable[[Phase, int], None] = unwatched
     peak_flops: float = 0.0
+    forecast: float = 0.0
 
 
 def train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, around: Surroundings) -> TrainState:
@@ -165,7 +168,10 @@ def _train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, aroun
         around.report(_progress(config, state, notice=f"checkpoint {name} was damaged and is not used"))
     if state.samples_seen:
         around.report(_progress(config, state, notice=f"resumed at {state.samples_seen:,} samples"))
-    else:
+    if around.forecast and state.samples_seen < config.total_samples:
+        expected = pace_in_words(around.forecast, around.world.size, state.samples_seen, config.total_samples)
+        around.report(Progress(done=0, total=0, notice=f"forecast {expected}"))
+    if not state.samples_seen:
         state = _validate(task, state, config, around)
     window = Window(loader.wait_seconds, config.max_lost_steps)
     batches = loader.batches(state.samples_seen)
@@ -329,7 +335,7 @@ def _log(
     )
     metrics = {
         **means,
-        "images_per_second": window.num_steps * around.batch_size / max(window.seconds, 1e-9),
+        **pace_metrics(window.num_steps * around.batch_size, window.seconds, around.forecast),
         "data_wait_seconds": waited,
         "train_seconds": state.train_seconds,
         **speed,

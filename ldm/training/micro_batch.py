@@ -50,7 +50,7 @@ def find_micro_batch(
     trials: list[Trial] = []
     slower = 0
     for rows in (rows for rows in range(share, 0, -1) if share % rows == 0):
-        rate = _rate(world, rows, seconds_of) if fits(rows) else 0.0
+        rate = rate_of_slowest(world, rows, seconds_of) if fits(rows) else 0.0
         fastest = max((trial.rows_per_second for trial in trials), default=0.0)
         trials.append(Trial(rows=rows, rows_per_second=rate))
         slower = slower + 1 if 0 < rate <= fastest else 0
@@ -62,8 +62,14 @@ def find_micro_batch(
     return next(trial.rows for trial in trials if trial.rows_per_second >= (1 - NEARLY) * fastest), trials
 
 
-def _rate(world: World, rows: int, seconds_of: Callable[[int], float | None]) -> float:
-    """Return rows a second of the slowest rank; 0 if one had not enough memory."""
+def rate_of_slowest(world: World, rows: int, seconds_of: Callable[[int], float | None]) -> float:
+    """Return rows a second of the slowest rank, 0 if one had not enough memory; all processes call it together.
+
+    Args:
+        world: the group of processes.
+        rows: of a pass.
+        seconds_of: rows → seconds of a pass on this rank; None where there was not enough memory.
+    """
     seconds = world.gather(seconds_of(rows))
     found = [one for one in seconds if one is not None]
     return rows / max(found) if len(found) == len(seconds) else 0.0

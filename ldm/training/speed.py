@@ -1,6 +1,6 @@
 """How fast a training is, and what its time goes into: the metrics of a record beside the task's own.
 
-    images_per_second       rows of all processes
+    images_per_second       rows of all processes; it, its forecast and the share of it are `ldm.training.pace`'s
     tflops_per_second       of a process: FLOPs of forward and backward, nothing counted twice that is computed twice
     mfu                     that over the device's dense peak in the training's format (Chowdhery et al. 2022, app. B)
     step_share/NAME         of a step: the wait for data, the phases of the updates, and the rest (draws, metrics)
