@@ -39,6 +39,7 @@ STARTS_MANY_PROCESSES = {
     "test_cluster",
     "test_dataset_kills",
     "test_jobs",
+    "test_lost_nodes",
     "test_run",
     "test_shards_at_once",
     "test_worker_deaths",

@@ -1,8 +1,8 @@
 """THE Ray Train file: the worker function of a training on Ray's workers, or of one that works alone as a plain task.
 
-A board (an actor without CPU) carries progress to the driver and the wish to stop to the workers. Ray Train starts the
-workers again when one dies, which the driver is told, and each goes on from the latest checkpoint; what one refused is
-not tried again.
+A board (an actor without CPU, on the driver's node) carries progress to the driver and the wish to stop to the workers.
+Ray Train starts the workers again when one dies, alone or with its node, which the driver is told, as it is what they
+wait for when nodes are missing. Each goes on from the latest checkpoint; what one refused is not tried again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ import torch
 from ray.exceptions import OutOfMemoryError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ldm.training.local_launch import LaunchConfig, Outcome, Worker, alarms_of
 from ldm.training.loop import Progress
@@ -100,6 +105,41 @@ class Deaths(UserCallback):
         self._board.put.remote(Progress(done=0, total=0, notice=f"{'; '.join(notices)}: {follows}"))
 
 
+class Waits(ControllerCallback):
+    """Tells the driver what the workers wait for before they start; Ray Train calls it in its controller.
+
+    Ray Train waits a minute for their resources and then begins again, without end and without counting it among the
+    failures. The same is told after 1, 2, 4, 8 and so on of these waits.
+
+    Args:
+        board: carries it there.
+        launch: says what the workers need.
+    """
+
+    def __init__(self, board: Any, launch: LaunchConfig) -> None:
+        self._board = board
+        self._launch = launch
+        self._num_times: Counter[str] = Counter()
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Take note of a start that failed, and of one that did not."""
+        if isinstance(current_state, RunningState):
+            self._num_times.clear()
+        if not isinstance(current_state, ReschedulingState):
+            return
+        error = current_state.training_failed_error
+        failure = getattr(error, "controller_failure", error)
+        cause: Any = failure.__cause__ or failure
+        notice = (
+            missing(self._launch)
+            if isinstance(failure, WorkerGroupStartupTimeoutError)
+            else f"a worker {reason(cause)} while it was started: it is tried again"
+        )
+        self._num_times[notice] += 1
+        if self._num_times[notice].bit_count() == 1:
+            self._board.put.remote(Progress(done=0, total=0, notice=notice))
+
+
 def run_on_ray(
     worker: Worker, config: Any, launch: LaunchConfig, name: str, watch: Callable[[Progress], None]
 ) -> Outcome:
@@ -112,7 +152,7 @@ def run_on_ray(
         RuntimeError: if the workers failed more often than allowed, with the first cause.
     """
     _check_resources(launch)
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    board = _board_here()
     trainer = TorchTrainer(
         _work,
         train_loop_config={"worker": worker, "config": config, "board": board, "launch": launch},
@@ -125,7 +165,7 @@ def run_on_ray(
         run_config=RunConfig(
             name=name,
             failure_config=FailureConfig(max_failures=launch.max_failures),
-            callbacks=[Deaths(board, launch.max_failures)],  # type: ignore[list-item]
+            callbacks=[Deaths(board, launch.max_failures), Waits(board, launch)],  # type: ignore[list-item]
         ),
     )
     return _watched(trainer.fit, board, watch, "the workers finish their step and save")
@@ -139,10 +179,16 @@ def run_alone_on_ray(worker: Worker, config: Any, launch: LaunchConfig, watch: C
     if launch.num_workers != 1:
         raise ValueError(f"this job works alone: launch.num_workers must be 1, got {launch.num_workers}")
     _check_resources(launch)
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    board = _board_here()
     task = ray.remote(num_cpus=launch.cpus_per_worker, num_gpus=launch.gpus_per_worker, max_retries=launch.max_failures)
     begun = task(_work_alone).remote({"worker": worker, "config": config, "board": board, "launch": launch})
     return _watched(lambda: ray.get(begun), board, watch, "this is short and is finished first")
+
+
+def _board_here() -> Any:
+    """Start a board on the driver's node; Ray would take any, and a run would be lost with the node of its board."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
 
 
 def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], None], stopping: str) -> Outcome:
@@ -255,6 +301,16 @@ def _check_resources(launch: LaunchConfig) -> None:
                 f"{launch.num_workers} workers with {wanted:g} {name} each need {needed:g} {name}, the Ray cluster has "
                 f"{there.get(name, 0):g}: lower launch.num_workers, or add nodes"
             )
+
+
+def missing(launch: LaunchConfig) -> str:
+    """Return what the workers wait for, in words: what they need and what the cluster has."""
+    there: dict[str, float] = ray.cluster_resources()
+    free: dict[str, float] = ray.available_resources()
+    needs = _resources(launch)
+    each = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
+    has = " and ".join(f"{there.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in needs)
+    return f"waiting for {launch.num_workers} workers with {each} each: the cluster has {has}"
 
 
 def _resources(launch: LaunchConfig) -> dict[str, float]:
