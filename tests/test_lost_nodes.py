@@ -94,7 +94,7 @@ def trained_without_a_node(cluster: Cluster, rank: int, config: TrainLdmConfig) 
         cluster.remove_node(node, allow_graceful=False)
 
     def watch(news: Progress) -> None:
-        if news.notice and not news.notice.startswith("self-tests passed"):
+        if news.notice and not news.notice.startswith(("self-tests passed", "forecast ")):
             notices.append(news.notice)
         if news.notice == MISSED and len(cluster.worker_nodes) == 1:
             cluster.add_node(num_cpus=1)  # as an autoscaler would; Ray starts nodes from the main thread alone
