@@ -76,6 +76,9 @@ COLLECTIVES = (
 )
 """What DeepSpeed's backend exchanges in an update."""
 
+ALONE = {"contiguous_gradients": False, "overlap_comm": False}
+"""What one process does without: a buffer in which gradients would lie to be sent, and a stream beside for sending."""
+
 # This op serves only inference_all_reduce; building it needs a compiler and costs minutes at the first run.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -121,6 +124,8 @@ def zero_settings(config: EngineConfig, optim: OptimConfig, rows: int, world_siz
                 f"{config.zero_config} sets {name!r} to {settings[name]!r}, but {home} decides it "
                 f"(now {ours.get(name, 'unset')!r}); take it out of the file"
             )
+    if world_size == 1 and stage in (1, 2) and "offload_optimizer" not in settings["zero_optimization"]:
+        settings["zero_optimization"] |= ALONE
     return {**settings, **ours, "steps_per_print": 1 << 62}
 
 
@@ -304,10 +309,8 @@ class DeepSpeedEngine:
 
     def _loss(self, micro_loss: Callable[[], Tensor]) -> Tensor:
         self._is_updating = True
-        try:
-            loss: Tensor = self._engine(micro_loss)
-        finally:
-            self._is_updating = False
+        loss: Tensor = self._engine(micro_loss)
+        self._is_updating = False
         return loss
 
     def _flats(self) -> list[Tensor]:

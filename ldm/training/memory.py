@@ -221,7 +221,11 @@ def _stage_1_or_2(sharding: Sharding, step: Step) -> Iterator[Memory]:
     accumulated = 0
     if step.num_micro_batches > 1:
         accumulated = size if sharding.stage == 1 else own
-    if num <= sharding.bucket:
+    if step.num_ranks == 1 and not sharding.has_optimizer_on_host:  # nothing is sent: gradients stay with their weights
+        kept = accumulated if sharding.stage == 2 else 0
+        yield _backward(replace(always, gradients=kept), step, size)
+        yield _with(always, "reduction", gradients=size + kept, buffers=min(size, sharding.bucket * each))
+    elif num <= sharding.bucket:
         is_filled = step.is_on_cpu and step.num_micro_batches == 1
         filled = passed.peak_with_gradients_bytes - passed.peak_bytes if is_filled else bucket
         yield _with(always, "backward", buffers=filled, gradients=accumulated, activations=passed.peak_bytes)
