@@ -89,7 +89,9 @@ class Deaths(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """Take note of what one look at the workers found; the cause alone, if others only failed after it."""
-        self._num_failures += 1
+        # What dies with a node that was announced to be taken away is not counted by Ray Train.
+        is_counted = not any(getattr(_death(error), "preempted", False) for error in worker_exceptions.values())
+        self._num_failures += is_counted
         if any(isinstance(error, ValueError) for error in worker_exceptions.values()):
             return  # refused: the driver raises it, and nobody is started again
         ranks_of: dict[str, list[str]] = {}
@@ -129,14 +131,13 @@ class Waits(ControllerCallback):
             return
         error = current_state.training_failed_error
         failure = getattr(error, "controller_failure", error)
-        cause: Any = failure.__cause__ or failure
-        notice = (
-            missing(self._launch)
-            if isinstance(failure, WorkerGroupStartupTimeoutError)
-            else f"a worker {reason(cause)} while it was started: it is tried again"
-        )
-        self._num_times[notice] += 1
-        if self._num_times[notice].bit_count() == 1:
+        if isinstance(failure, WorkerGroupStartupTimeoutError):
+            kind = notice = missing(self._launch)
+        else:
+            cause: Any = failure.__cause__ or failure
+            kind, notice = "death", f"a worker {reason(cause)} while it was started: it is tried again"
+        self._num_times[kind] += 1
+        if self._num_times[kind].bit_count() == 1:
             self._board.put.remote(Progress(done=0, total=0, notice=notice))
 
 
