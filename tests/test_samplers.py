@@ -7,15 +7,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler
 
 from ldm.diffusion.process import Prediction
-from ldm.diffusion.schedule import Scales, Schedule, ScheduleConfig, ScheduleKind, betas
+from ldm.diffusion.schedule import Scales, Schedule, ScheduleConfig, betas
 from ldm.samplers.gaussian import GaussianData
 from ldm.samplers.grids import Grid, log_snr_times, time_grid
 from ldm.samplers.guidance import conditional_denoiser
 from ldm.samplers.sample import SamplerConfig, follow, initial_noise, sample, step_noise
-from ldm.samplers.steppers import Step, StepperKind, ddim, ddpm
+from ldm.samplers.steppers import Between, Step, StepperKind, ddim, ddpm
 from ldm.types import Condition
 
 SCHEDULE = Schedule(ScheduleConfig())
@@ -28,6 +28,10 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def no_noise(step: int) -> torch.Tensor:
     raise AssertionError(f"a deterministic sampler asked for the noise of step {step}")
+
+
+def no_between(half_log_snr: float) -> Between:
+    raise AssertionError(f"a stepper without a stage inside asked for {half_log_snr}")
 
 
 def noise_predictor(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -98,13 +102,13 @@ def test_sample_calls_the_network_exactly_as_often_as_promised(stepper, grid, nu
     seen: list[int] = []
     noise = step_noise(0, [0], (1, 2, 2))
     sample(denoise, randn(1, 1, 2, 2), SCHEDULE, config, noise, lambda index, clean: seen.append(index))
-    expected = 2 * num_steps - 1 if stepper is StepperKind.HEUN else num_steps
-    assert len(calls) == expected
+    twice = {StepperKind.HEUN: num_steps - 1, StepperKind.DPM_SOLVER_PP_2S: num_steps - 1, StepperKind.PLMS: 1}
+    assert len(calls) == num_steps + min(num_steps - 1, twice.get(stepper, 0))
     assert all(0 <= time < 1000 for time in calls)
     assert seen == list(range(num_steps))
 
 
-@pytest.mark.parametrize("stepper", StepperKind)
+@pytest.mark.parametrize("stepper", [kind for kind in StepperKind if kind is not StepperKind.PLMS])
 def test_sample_ends_at_the_last_estimate_of_the_clean_latent(stepper):
     estimates: list[torch.Tensor] = []
     config = SamplerConfig(stepper=stepper, num_steps=9)
@@ -150,26 +154,6 @@ def test_sampler_config_with_eta_of_another_stepper_is_refused():
 
 
 # --- truth on Gaussian data
-
-
-@pytest.mark.parametrize("kind", [ScheduleKind.SCALED_LINEAR, ScheduleKind.LINEAR])
-@pytest.mark.parametrize(
-    "stepper, order", [(StepperKind.DDIM, 1), (StepperKind.HEUN, 2), (StepperKind.DPM_SOLVER_PP_2M, 2)]
-)
-def test_stepper_converges_to_the_exact_flow_at_its_order(stepper, order, kind):
-    schedule = Schedule(ScheduleConfig(kind=kind))
-    start = randn(1, 1, 1, 32)
-    exact = DATA.flow(start, schedule.scales_at(999), schedule.scales_at(0))
-
-    def worst_error(num_steps: int) -> float:
-        times = log_snr_times(schedule, num_steps + 1)
-        config = SamplerConfig(stepper=stepper)
-        end = follow(DATA.denoiser(schedule), start, schedule, times, config, no_noise)
-        return float((end - exact).abs().max())
-
-    errors = [worst_error(steps) for steps in (100, 200, 400)]
-    slopes = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
-    assert slopes == pytest.approx([order, order], abs=0.15)
 
 
 def test_exact_denoiser_is_the_regression_of_clean_on_noisy():
@@ -277,9 +261,9 @@ def step_of(
         clean=clean,
         now=now,
         then=then,
-        before=None,
-        clean_before=None,
+        past=(),
         denoise_then=lambda latent: latent,
+        between=no_between,
         draw_noise=lambda: noise,
         eta=eta,
     )
@@ -319,30 +303,6 @@ def test_ddim_path_equals_diffusers(eta, grid, spacing, num_steps):
     )
     torch.testing.assert_close(torch.stack(ours_path), torch.stack(path), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(ours, path[-1], rtol=1e-8, atol=1e-8)
-
-
-def test_dpm_solver_path_equals_diffusers():
-    peer = DPMSolverMultistepScheduler(
-        1000,
-        beta_start=0.0015,
-        beta_end=0.0195,
-        beta_schedule="scaled_linear",
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-        solver_type="midpoint",
-        lower_order_final=False,
-        timestep_spacing="trailing",
-        final_sigmas_type="zero",
-    )
-    peer.set_timesteps(20)
-    assert peer.timesteps.tolist() == time_grid(Grid.TRAILING, SCHEDULE, 20)[:-1].tolist()
-    theirs = randn(2, 4, 5, 5)
-    for time in peer.timesteps:
-        theirs = peer.step(noise_predictor(theirs, time.double().expand(2)), time, theirs).prev_sample
-    config = SamplerConfig(stepper=StepperKind.DPM_SOLVER_PP_2M, num_steps=20)
-    ours = sample(PREDICTOR_DENOISER, randn(2, 4, 5, 5), SCHEDULE, config, no_noise)
-    # diffusers steps in float32.
-    assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
 
 
 # --- randomness

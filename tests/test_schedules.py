@@ -170,9 +170,9 @@ def test_ddim_with_all_its_noise_is_ddpm_under_every_schedule(config: ScheduleCo
         clean=clean,
         now=schedule.scales_at(700),
         then=schedule.scales_at(420),
-        before=None,
-        clean_before=None,
+        past=(),
         denoise_then=lambda _: clean,
+        between=lambda _: pytest.fail("a stage inside"),
         draw_noise=lambda: noise,
         eta=1.0,
     )

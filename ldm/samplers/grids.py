@@ -8,6 +8,7 @@ Letters: k number of steps + 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 
 import torch
@@ -15,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.schedule import CLEAN_TIMESTEP, Schedule
+
+KARRAS_RHO = 7.0
 
 
 class Grid(StrEnum):
@@ -26,6 +29,11 @@ class Grid(StrEnum):
     """Evenly, ending at timestep 0 (Song et al. 2021, appendix D.2); starts below the last timestep."""
     LINSPACE = "linspace"
     """Evenly from the last timestep to 0, both included (Nichol and Dhariwal 2021)."""
+    QUADRATIC = "quadratic"
+    """As squares from the last timestep to 0, denser towards the clean end, fractional timesteps (Song et al. 2021,
+    appendix D.2)."""
+    KARRAS = "karras"
+    """Evenly in the seventh root of sigma / alpha, fractional timesteps (Karras et al. 2022, eq. 5)."""
     LOG_SNR = "log_snr"
     """Evenly in log signal-to-noise ratio, fractional timesteps (Lu et al. 2022)."""
 
@@ -50,18 +58,39 @@ def time_grid(grid: Grid, schedule: Schedule, num_steps: int) -> Float[Tensor, "
             times = torch.floor(steps * total / num_steps).flip(0)
         case Grid.LINSPACE:
             times = torch.round(total - 1 - steps * (total - 1) / max(num_steps - 1, 1))
+        case Grid.QUADRATIC:
+            times = (total - 1) * (1 - steps / max(num_steps - 1, 1)).square()
+        case Grid.KARRAS:
+            times = karras_times(schedule, num_steps)
         case Grid.LOG_SNR:
             times = log_snr_times(schedule, num_steps)
     return torch.cat([times, torch.tensor([CLEAN_TIMESTEP], dtype=torch.float64)])
 
 
 def log_snr_times(schedule: Schedule, num_times: int) -> Float[Tensor, " k"]:
-    """Return falling times from the last timestep to 0, evenly spaced in log signal-to-noise ratio.
+    """Return falling times from the last timestep to 0, evenly spaced in log signal-to-noise ratio."""
+    return _times_between(schedule, num_times, torch.lerp)
+
+
+def karras_times(schedule: Schedule, num_times: int) -> Float[Tensor, " k"]:
+    """Return falling times from the last timestep to 0, evenly spaced in the seventh root of sigma / alpha."""
+
+    def spaced(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+        roots = [torch.exp(-0.5 * log_snr / KARRAS_RHO) for log_snr in (start, end)]
+        return -2 * KARRAS_RHO * torch.log(torch.lerp(*roots, share))
+
+    return _times_between(schedule, num_times, spaced)
+
+
+def _times_between(
+    schedule: Schedule, num_times: int, spaced: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Float[Tensor, " k"]:
+    """Return falling times from the last timestep to 0, at the log signal-to-noise ratios that `spaced` finds.
 
     A last timestep without signal lies infinitely far away: it comes first, and the others begin at the one before it.
     """
     is_apart = schedule.config.ends_without_signal
-    noisiest, num_even = (-2, num_times - 1) if is_apart else (-1, num_times)
-    ends = float(schedule.log_snr[noisiest]), float(schedule.log_snr[0])
-    even = schedule.timestep_at(torch.linspace(*ends, num_even, dtype=torch.float64))
-    return torch.cat([torch.tensor([schedule.num_timesteps - 1.0], dtype=torch.float64), even]) if is_apart else even
+    noisiest, num_spaced = (-2, num_times - 1) if is_apart else (-1, num_times)
+    shares = torch.linspace(0, 1, num_spaced, dtype=torch.float64)
+    times = schedule.timestep_at(spaced(schedule.log_snr[noisiest], schedule.log_snr[0], shares))
+    return torch.cat([torch.tensor([schedule.num_timesteps - 1.0], dtype=torch.float64), times]) if is_apart else times

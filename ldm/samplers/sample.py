@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.config import Config
-from ldm.diffusion.schedule import Scales, Schedule
+from ldm.diffusion.schedule import Schedule
 from ldm.randomness import Draw, normal
 from ldm.samplers.grids import Grid, time_grid
-from ldm.samplers.steppers import STEPPERS, Step, StepperKind
+from ldm.samplers.steppers import LONGEST_PAST, STEPPERS, Between, Past, Step, StepperKind
 from ldm.types import Latent
 
 Denoiser = Callable[[Latent, Float[Tensor, " b"]], Latent]
@@ -39,9 +39,10 @@ class SamplerConfig(Config):
     stepper: StepperKind = StepperKind.DDIM
     """Which formula takes a step."""
     num_steps: int = 50
-    """Number of steps; heun calls the network twice a step but the last, the others once."""
+    """Number of steps; heun and dpm_solver_pp_2s call the network twice a step but the last, plms twice at the first,
+    the others once."""
     eta: float = 0.0
-    """Noise added by ddim: 0 is deterministic, 1 is ancestral. The other steppers take none."""
+    """Noise added by ddim: 0 is deterministic, 1 is ancestral. The other steppers have their own or none."""
     grid: Grid = Grid.TRAILING
     """How timesteps are spread."""
 
@@ -101,24 +102,22 @@ def follow(
     marks = [float(time) for time in times]
     # Scales as numbers in float64: exact, and nothing is copied to the device or waited for.
     scales = [schedule.scales_at(mark) for mark in marks]
-    before: Scales | None = None
-    clean_before: Latent | None = None
+    past: tuple[Past, ...] = ()
     for index in range(len(marks) - 1):
         clean = denoise(noisy, _rows_at(marks[index], noisy))
-        noisy = stepper(
-            Step(
-                noisy=noisy,
-                clean=clean,
-                now=scales[index],
-                then=scales[index + 1],
-                before=before,
-                clean_before=clean_before,
-                denoise_then=partial(_denoise_at, denoise, marks[index + 1]),
-                draw_noise=partial(_noise_like, draw_noise, index, noisy),
-                eta=config.eta,
-            )
+        step = Step(
+            noisy=noisy,
+            clean=clean,
+            now=scales[index],
+            then=scales[index + 1],
+            past=past,
+            denoise_then=partial(_denoise_at, denoise, marks[index + 1]),
+            between=partial(_between, denoise, schedule),
+            draw_noise=partial(_noise_like, draw_noise, index, noisy),
+            eta=config.eta,
         )
-        before, clean_before = scales[index], clean
+        past = (Past(at=scales[index], noisy=noisy, clean=clean), *past)[:LONGEST_PAST]
+        noisy = stepper(step)
         if on_step is not None:
             on_step(index, clean)
     return noisy
@@ -151,6 +150,12 @@ def _rows_at(time: float, like: Latent) -> Tensor:
 
 def _denoise_at(denoise: Denoiser, time: float, noisy: Latent) -> Latent:
     return denoise(noisy, _rows_at(time, noisy))
+
+
+def _between(denoise: Denoiser, schedule: Schedule, half_log_snr: float) -> Between:
+    """Return the time at which log(alpha / sigma) has a value."""
+    time = float(schedule.timestep_at(torch.tensor([2 * half_log_snr], dtype=torch.float64)))
+    return Between(at=schedule.scales_at(time), denoise=partial(_denoise_at, denoise, time))
 
 
 def _noise_like(draw_noise: DrawNoise, step: int, like: Latent) -> Latent:

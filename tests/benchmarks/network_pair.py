@@ -58,6 +58,7 @@ def run(
     cpu_works: Sequence[Work],
     gpu_works: Sequence[Work],
     row: Callable[[Work, PairSettings], dict[str, Any]],
+    unit: str = "images/s",
 ) -> None:
     """Read the settings, measure each work by `row(work, settings)` and print, and on demand write, the result.
 
@@ -68,6 +69,7 @@ def run(
         cpu_works: what is measured on a CPU; the first alone where it must be quick.
         gpu_works: the same on a GPU.
         row: measures one, prints its line and returns results by name, each with a ratio.
+        unit: what the rates are of.
     """
     settings = tyro.cli(PairSettings, description=description, config=MARKERS)
     torch.set_num_threads(settings.threads)
@@ -75,7 +77,7 @@ def run(
     record: dict[str, Any] = {"settings": settings.to_dict(), "machine": machine or platform.machine()}
     record |= {"num_cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
     print(f"{record['machine']}, {settings.threads} threads of {record['num_cores']} cores, torch {torch.__version__}")
-    print(f"{'images/s':27}{'ours':>9}{'theirs':>9}{'ratio':>12}{'min':>7}{'max':>7}")
+    print(f"{unit:27}{'ours':>9}{'theirs':>9}{'ratio':>12}{'min':>7}{'max':>7}")
     chosen = gpu_works if settings.is_gpu else cpu_works
     results = [row(work, settings) for work in (chosen[:1] if settings.quick else chosen)]
     record["works"] = {name: result for found in results for name, result in found.items()}

@@ -50,7 +50,7 @@ class Work:
     tokens: int
 
 
-def _laptop() -> UNetConfig:
+def laptop() -> UNetConfig:
     """Return 18 M parameters of three levels, as one would train on two cores."""
     return UNetConfig(
         in_channels=4,
@@ -64,7 +64,7 @@ def _laptop() -> UNetConfig:
     )
 
 
-CPU_WORKS = (Work("emoji", zoo.emoji(), 16, 32, 24), Work("64-128-256", _laptop(), 32, 8, 24))
+CPU_WORKS = (Work("emoji", zoo.emoji(), 16, 32, 24), Work("64-128-256", laptop(), 32, 8, 24))
 GPU_WORKS = (Work("sd2, 32x32", zoo.sd2(), 32, 64, 77), Work("sd2, 64x64", zoo.sd2(), 64, 32, 77))
 
 
