@@ -9,8 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 
 import pytest
+import ray
 
 from jobs.command_line import Invocation, from_command_line, kept_here, placed, report_errors
+from jobs.session import ray_session
 from ldm.config import Config
 
 
@@ -256,3 +258,16 @@ def test_what_stays_on_this_machine_has_a_folder_of_its_own_for_every_home() -> 
     there = [kept_here(home) for home in ("s3://bucket/one", "s3://bucket/two", "s3://other/one")]
     assert len({*there}) == 3
     assert all(Path(folder).parent == Path.cwd() / "runs" for folder in there)
+
+
+def test_a_machine_too_busy_to_start_ray_is_told_so_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+
+    def too_slow(**_: object) -> None:
+        starts.append(1)
+        raise RuntimeError("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", too_slow)
+    with pytest.raises(ValueError, match="too busy to start Ray, which gave up twice"), ray_session():
+        pass
+    assert len(starts) == 2

@@ -20,7 +20,7 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 from jobs.wiring.train_ldm import TrainLdmConfig, train_ldm_worker
-from ldm.training.launch import run_on_ray
+from ldm.training.launch import missing, run_on_ray
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
 from ldm.training.world import World
@@ -49,17 +49,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head that takes no work, with the driver on it, and two nodes of one CPU each."""
+def head() -> Iterator[Cluster]:
+    """A head that takes no work, with the driver on it."""
     head = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        for _ in range(2):
-            head.add_node(num_cpus=1)
         ray.init(head.address, log_to_driver=False)
         yield head
     finally:
         ray.shutdown()
         head.shutdown()
+
+
+@pytest.fixture
+def cluster(head: Cluster) -> Cluster:
+    """The head and two nodes of one CPU each."""
+    for _ in range(2):
+        head.add_node(num_cpus=1)
+    return head
 
 
 def train_as_rank(world: World, config: TrainLdmConfig) -> None:
@@ -122,6 +128,32 @@ def test_a_node_that_vanishes_costs_nothing_but_the_wait_for_another_which_is_to
     assert {notice.partition(":")[0] for notice in waited} == {"waiting for 2 workers with 1 CPU each"}
     assert resumed == "resumed at 32 samples"
     assert same_weights(folder, "unbroken", "waited")
+
+
+def test_an_interrupt_ends_a_wait_for_nodes(head: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    notices: list[str] = []
+
+    def watch(news: Progress) -> None:
+        notices.append(news.notice)
+        if len(notices) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on_ray(train_ldm_worker, replace(tiny_config(folder, "interrupted"), launch=LAUNCH), LAUNCH, "test", watch)
+    waiting, stopping, given_up = notices
+    assert waiting == "waiting for 2 workers with 1 CPU each: the cluster has 0 CPU (0 free)"
+    assert stopping.startswith("stopping: ")
+    assert given_up == "given up: what was saved last stands"
+
+
+def test_a_cluster_that_does_not_answer_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> dict[str, float]:
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(ray, "cluster_resources", fail)
+    expected = "waiting for 2 workers with 1 CPU each: the cluster does not tell what it has (ConnectionError)"
+    assert missing(LAUNCH) == expected
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.wiring.autoencoder_memory import advice, needed
+from jobs.wiring.autoencoder_memory import LEAST_FILE, advice, needed
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig, check_sharding
 from ldm.autoencoder.codebook import CodebookConfig
 from ldm.training.autoencoder_task import AutoencoderTask
@@ -143,5 +143,20 @@ def test_forecast_counts_both_networks_and_their_shares(folder: Path) -> None:
     assert second.averages == pytest.approx(local.averages / 2, rel=1e-3)
     assert second.weights == local.weights
     assert second.total <= first.total
-    assert any("zero2.json" in way for way in advice(replace(one, num_rows=1))) == (second.device < local.device)
-    assert needed(replace(one, sharding=Sharding(name="zero0", stage=0))).buffers >= 0
+    whole = needed(replace(one, sharding=Sharding(name="zero0", stage=0)))
+    assert (whole.weights, whole.optimizer, whole.averages) == (local.weights, local.optimizer, local.averages)
+
+
+def test_the_stage_that_needs_less_is_advised_where_the_training_goes_with_it() -> None:
+    one = replace(reconstructing(KL, LOSS), num_ranks=2, num_rows=1)
+    less = needed(replace(one, sharding=read_sharding(LEAST_FILE))).device
+    assert less < needed(one).device
+    assert f"--engine.kind deepspeed --engine.zero-config {LEAST_FILE}: {less / 1e9:.1f} GB" in advice(one)
+    reviving = replace(LOSS, codebook=CodebookConfig(revive_after_samples=8))
+    for other in (
+        replace(one, num_ranks=1),
+        replace(one, is_bf16=True),
+        replace(one, loss=reviving),
+        replace(one, sharding=read_sharding(LEAST_FILE)),
+    ):
+        assert not [way for way in advice(other) if LEAST_FILE in way]

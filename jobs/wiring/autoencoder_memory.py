@@ -22,11 +22,22 @@ from ldm.losses.discriminator import Discriminator
 from ldm.losses.perceptual import perceptual_distance
 from ldm.training.activations import Pass, traced
 from ldm.training.flops import counted_flops
-from ldm.training.memory import FP32, MOMENTS, Memory, Sharding, Step, forecast, read_sharding, resting, together
+from ldm.training.memory import (
+    FP32,
+    MOMENTS,
+    UNSHARDED,
+    Memory,
+    Sharding,
+    Step,
+    combined,
+    forecast,
+    read_sharding,
+    resting,
+    unit_of,
+)
 from ldm.training.reconstruction_config import ReconstructionConfig
 
 GIGA = 1e9
-UNSHARDED = Sharding(name="local")
 LEAST_FILE = "infra/deepspeed/zero2.json"
 """The DeepSpeed file under which a rank needs least, of those that stage 1 goes with."""
 
@@ -157,7 +168,7 @@ def _sharded(training: Reconstructing, passed: Pass, judging: Pass) -> Memory:
     found = [
         replace(both, moment=f"{name}, {both.moment}", weights=both.weights - twice)
         for moving, still, name in moments[: 2 if training.loss.adversarial_weight > 0 else 1]
-        for both in [together(forecast(sharding, moving), resting(sharding, still))]
+        for both in [combined(forecast(sharding, moving), resting(sharding, still))]
     ]
     return max(found, key=lambda memory: memory.total)
 
@@ -193,9 +204,10 @@ def described(training: Reconstructing, there: int) -> str:
     """
     memory = needed(training)
     names = ("weights", "gradients", "optimizer", "averages", "buffers", "activations")
-    parts = ", ".join(f"{name} {getattr(memory, name) / GIGA:.2f}" for name in names)
+    unit, size = unit_of(memory.device)
+    parts = ", ".join(f"{name} {getattr(memory, name) / size:.2f}" for name in names)
     return (
-        f"memory    {memory.device / GIGA:.2f} GB of a rank at the fullest moment of a step ({memory.moment}):\n"
+        f"memory    {memory.device / size:.2f} {unit} of a rank at the fullest moment of a step ({memory.moment}):\n"
         f"          {parts}\n"
         f"there     {there / GIGA:.2f} GB a rank, free on this machine now"
     )
@@ -208,7 +220,8 @@ def advice(training: Reconstructing) -> tuple[str, ...]:
         ways += ["more workers, or a smaller --batch-size: it is divided among them, and rows are most of it"]
     if training.loss.perceptual_weight and training.loss.perceptual_rows != 1:
         ways += ["fewer --loss.perceptual-rows"]
-    if training.num_ranks > 1 and not training.is_bf16 and (training.sharding.stage or 0) < 2:
+    goes_with_stages = not training.is_bf16 and not training.loss.codebook.moves_trained_codes
+    if training.num_ranks > 1 and goes_with_stages and (training.sharding.stage or 0) < 2:
         less = needed(replace(training, sharding=read_sharding(LEAST_FILE))).device
         if less < needed(training).device:
             ways += [f"--engine.kind deepspeed --engine.zero-config {LEAST_FILE}: {less / GIGA:.1f} GB"]

@@ -20,16 +20,15 @@ from ldm.denoiser import build_denoiser
 from ldm.training.activations import Pass, traced
 from ldm.training.engine import EngineConfig, EngineKind, Precision
 from ldm.training.flops import counted_flops
-from ldm.training.memory import FP32, MOMENTS, Memory, Sharding, Step, forecast, read_sharding
+from ldm.training.memory import FP32, MOMENTS, UNSHARDED, Memory, Sharding, Step, forecast, read_sharding, unit_of
 from ldm.types import Condition
 from ldm.unet.model import UNetConfig
 from pipeline.latent_summary import cached_size
 from pipeline.store.manifest import Manifest
 
 DEEPSPEED_FILES = PROJECT / "infra" / "deepspeed"
-UNSHARDED = (Sharding(name="local"), Sharding(name="zero0", stage=0))
 COLUMNS = ("weights", "gradients", "optimizer", "averages", "buffers", "activations", "device", "host")
-GIGA, MEGA = 1e9, 1e6
+GIGA = 1e9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +79,7 @@ class Denoising:
     @property
     def configured(self) -> Sharding:
         """The sharding that the engine's configuration asks for."""
-        return UNSHARDED[0] if self.engine.kind is EngineKind.LOCAL else read_sharding(self.engine.zero_config)
+        return UNSHARDED if self.engine.kind is EngineKind.LOCAL else read_sharding(self.engine.zero_config)
 
     def memory(self, sharding: Sharding) -> Memory:
         """Return what the main rank holds at the moment of a step when that is most."""
@@ -106,12 +105,18 @@ class Denoising:
         told = replace(self.told, size=size, pixels=(size[0] * factor, size[1] * factor))
         return denoiser_flops(self.unet, self.conditioning, told)
 
+    def dtypes(self, sharding: Sharding) -> tuple[torch.dtype, torch.dtype | None]:
+        """Return that of the weights that compute, and that of autocast over them, if there is one."""
+        precision = self.engine.precision
+        if precision is Precision.FP32:
+            return torch.float32, None
+        # The local engine's weights stay in float32, and so do stage 0's.
+        return (precision.dtype, None) if sharding.stage else (torch.float32, precision.dtype)
+
     def step(self, sharding: Sharding) -> Step:
         """Return what a step is like under a sharding."""
         micro_batches = self.engine.micro_batches(self.num_rows)
-        precision = self.engine.precision
-        is_half = precision is not Precision.FP32
-        has_half_weights = is_half and bool(sharding.stage)  # the local engine's and stage 0's stay in float32
+        weights, autocast = self.dtypes(sharding)
         rows = micro_batches[0][1]
         return Step(
             passed=denoiser_pass(
@@ -119,12 +124,12 @@ class Denoising:
                 self.conditioning,
                 self.told,
                 rows,
-                weights=precision.dtype if has_half_weights else torch.float32,
-                autocast=precision.dtype if is_half and not has_half_weights else None,
+                weights=weights,
+                autocast=autocast,
             ),
             num_ranks=self.num_ranks,
             num_micro_batches=len(micro_batches),
-            weight_bytes=2 if has_half_weights else 4,
+            weight_bytes=weights.itemsize,
             num_averages=self.num_averages,
             is_on_cpu=self.is_on_cpu,
         )
@@ -212,7 +217,7 @@ def _condition(
 def forecasts(training: Denoising) -> list[tuple[Sharding, Memory]]:
     """Return the forecast under the local engine, each stage, and each DeepSpeed file that comes with the project."""
     files = sorted(DEEPSPEED_FILES.glob("*.json"), key=lambda path: ("offload" in path.stem, path.stem))
-    known = [*UNSHARDED, *(read_sharding(str(path)) for path in files)]
+    known = [UNSHARDED, *(read_sharding(str(path)) for path in files)]
     if training.configured not in known:
         known.append(training.configured)
     return [(sharding, training.memory(sharding)) for sharding in known]
@@ -226,7 +231,7 @@ def table(training: Denoising, there: int) -> str:
         there: bytes that a rank has, as far as this machine tells.
     """
     found = forecasts(training)
-    unit, size = ("GB", GIGA) if max(memory.device for _, memory in found) >= GIGA else ("MB", MEGA)
+    unit, size = unit_of(max(memory.device for _, memory in found))
     saved = training.step(training.configured).passed.saved_bytes / size
     rows = training.engine.micro_batches(training.num_rows)[0][1]
     lines = [

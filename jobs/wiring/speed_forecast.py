@@ -52,9 +52,9 @@ def dry_forecast(training: Denoising, launch: LaunchConfig, samples_seen: int, t
         rate = forecast_rate(training.with_least_rows(), world, _searched(training, world))
     if not rate:
         return "forecast  of images a second: the passes of one rank have no room on this machine now"
-    # The ranks of a machine share the bandwidth of its memory, which one alone had for itself.
-    bound = "at most " if training.is_on_cpu else ""
-    return f"forecast  {bound}{pace_in_words(rate, training.num_ranks, samples_seen, total_samples)}"
+    # What else the machine does now slows the passes down; more ranks on it would share the bandwidth of its memory.
+    about = "about " if training.is_on_cpu else ""
+    return f"forecast  {about}{pace_in_words(rate, training.num_ranks, samples_seen, total_samples)}"
 
 
 def _measured(training: Denoising, world: World) -> float:

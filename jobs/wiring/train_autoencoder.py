@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 
-from jobs.wiring.autoencoder_memory import UNSHARDED, Reconstructing, advice, described, needed, row_flops
+from jobs.wiring.autoencoder_memory import Reconstructing, advice, described, needed, row_flops
 from jobs.wiring.machine import free_share, trains_on_cpu
 from jobs.wiring.recording import open_record
 from jobs.wiring.self_testing import Forecast, begin_self_tests
 from ldm import storage
-from ldm.autoencoder.codebook import CodebookConfig, CodebookMemory, CodebookUpdate
+from ldm.autoencoder.codebook import CodebookConfig, CodebookMemory
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.autoencoder.regularizer import Regularizer
 from ldm.config import Config, added_later
@@ -31,7 +31,7 @@ from ldm.training.engine import Engine, EngineConfig, EngineKind, Precision
 from ldm.training.engines import build_engine
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import LoopConfig, Progress, Surroundings, train
-from ldm.training.memory import Sharding, read_sharding
+from ldm.training.memory import UNSHARDED, Sharding, read_sharding
 from ldm.training.optim import OptimConfig
 from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.speed import peak_flops
@@ -174,7 +174,7 @@ def check_sharding(config: TrainAutoencoderConfig) -> None:
     Raises:
         ValueError: naming the option and what to take in its place.
     """
-    stage, codebook = _sharding(config).stage or 0, config.loss.codebook
+    stage = _sharding(config).stage or 0
     if stage == 3:
         raise ValueError(f"{config.engine.zero_config} is stage 3: an autoencoder goes with stages 0 to 2, or local")
     if stage and config.engine.precision is not Precision.FP32:
@@ -182,7 +182,7 @@ def check_sharding(config: TrainAutoencoderConfig) -> None:
             f"{config.engine.zero_config} is stage {stage}, under which stage 1 computes in fp32: for "
             f"{config.engine.precision} take stage 0, or engine.kind local"
         )
-    if stage and codebook.revive_after_samples and codebook.update is CodebookUpdate.GRADIENT:
+    if stage and config.loss.codebook.moves_trained_codes:
         raise ValueError(
             f"loss.codebook.revive_after_samples moves codes beside the optimizer, which holds slices of them under "
             f"{config.engine.zero_config}: take codebook.update moving_average, stage 0, or engine.kind local"

@@ -14,8 +14,9 @@ from torch import nn
 
 from jobs.wiring.memory_forecast import Denoising, denoiser_loss, denoiser_pass
 from ldm.denoiser import build_denoiser
-from ldm.training.engine import Precision, autocast
-from ldm.training.memory import FP32, Memory
+from ldm.training.engine import Precision
+from ldm.training.engine import autocast as computing_in
+from ldm.training.memory import Memory
 from ldm.training.out_of_memory import is_out_of_memory
 from ldm.training.world import World
 
@@ -39,16 +40,9 @@ def trials_of(training: Denoising, world: World) -> Iterator[Callable[[int], flo
 
 def trial_memory(training: Denoising, rows: int) -> Memory:
     """Return what a trial holds at most: the whole network, its gradients, and what a pass of so many rows keeps."""
-    precision = training.engine.precision
-    passed = denoiser_pass(
-        training.unet,
-        training.conditioning,
-        training.told,
-        rows,
-        weights=torch.float32,
-        autocast=None if precision is Precision.FP32 else precision.dtype,
-    )
-    weights = passed.num_weights * FP32 + passed.frozen_bytes
+    dtype, autocast = training.dtypes(training.configured)
+    passed = denoiser_pass(training.unet, training.conditioning, training.told, rows, weights=dtype, autocast=autocast)
+    weights = passed.num_weights * dtype.itemsize + passed.frozen_bytes
     return Memory(moment="trial", weights=weights, activations=passed.peak_with_gradients_bytes)
 
 
@@ -79,13 +73,15 @@ class Trials:
 
     def _measured(self, rows: int) -> float:
         training, world = self._training, self._world
+        dtype, autocast = training.dtypes(training.configured)
+        precision = training.engine.precision if autocast else Precision.FP32
         if self._network is None:
-            self._network = build_denoiser(training.unet, training.conditioning).to(world.device)
+            self._network = build_denoiser(training.unet, training.conditioning).to(world.device, dtype)
         for number in range(WARMUPS + MEASURED):
             if number == WARMUPS:
                 begun = _now(world)
             self._network.zero_grad(set_to_none=True)
-            with torch.device(world.device), autocast(training.engine.precision, world.device):
+            with torch.device(world.device), computing_in(precision, world.device):
                 loss = denoiser_loss(self._network, training, rows)
             torch.autograd.backward(loss)
         return (_now(world) - begun) / MEASURED

@@ -75,6 +75,11 @@ class CodebookConfig(Config):
             raise ValueError(f"codebook.half_life_samples must be at least 1, got {self.half_life_samples}")
 
     @property
+    def moves_trained_codes(self) -> bool:
+        """Whether codes are moved beside the optimizer that trains them."""
+        return self.revive_after_samples > 0 and self.update is CodebookUpdate.GRADIENT
+
+    @property
     def term_weights(self) -> tuple[float, float]:
         """Weights of the codebook term and of the commitment."""
         match self.form:

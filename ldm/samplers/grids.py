@@ -76,8 +76,8 @@ def karras_times(schedule: Schedule, num_times: int) -> Float[Tensor, " k"]:
     """Return falling times from the last timestep to 0, evenly spaced in the seventh root of sigma / alpha."""
 
     def spaced(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-        roots = [torch.exp(-0.5 * log_snr / KARRAS_RHO) for log_snr in (start, end)]
-        return -2 * KARRAS_RHO * torch.log(torch.lerp(*roots, share))
+        first, last = (torch.exp(-0.5 * log_snr / KARRAS_RHO) for log_snr in (start, end))
+        return -2 * KARRAS_RHO * torch.log(torch.lerp(first, last, share))
 
     return _times_between(schedule, num_times, spaced)
 

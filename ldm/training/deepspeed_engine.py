@@ -9,9 +9,9 @@ parallel as the local engine is: whole weights in float32, the forward pass in t
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +25,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from ldm import storage
 from ldm.training.ema import Ema, EmaConfig, averages_of, swapped_in
 from ldm.training.engine import (
-    FIRST_LOSS_SCALE,
-    LOSS_SCALE_STEPS,
     EngineConfig,
     Precision,
     autocast,
@@ -49,18 +46,8 @@ from ldm.training.fragments import (
 from ldm.training.optim import OptimConfig, build_optimizer, leave_out, set_learning_rate
 from ldm.training.snapshot import Snapshot
 from ldm.training.stopwatch import StepPhase, Stopwatch
-from ldm.training.world import World
-
-OURS = {
-    "train_batch_size": "batch size",
-    "train_micro_batch_size_per_gpu": "engine.micro_batch_size",
-    "gradient_accumulation_steps": "engine.micro_batch_size",
-    "gradient_clipping": "optim.clip_grad_norm",
-    "optimizer": "optim",
-    "scheduler": "optim",
-    "fp16": "engine.precision",
-    "bf16": "engine.precision",
-}
+from ldm.training.world import World, join_alone
+from ldm.training.zero_config import stage_of, zero_settings
 
 COLLECTIVES = (
     "all_reduce",
@@ -76,67 +63,8 @@ COLLECTIVES = (
 )
 """What DeepSpeed's backend exchanges in an update."""
 
-ALONE = {"contiguous_gradients": False, "overlap_comm": False}
-"""What one process does without: a buffer in which gradients would lie to be sent, and a stream beside for sending."""
-
 # This op serves only inference_all_reduce; building it needs a compiler and costs minutes at the first run.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def zero_settings(config: EngineConfig, optim: OptimConfig, rows: int, world_size: int) -> dict[str, Any]:
-    """Return the whole DeepSpeed configuration: the file's settings and ours.
-
-    Args:
-        config: the engine's settings.
-        optim: for the clipping norm.
-        rows: rows of a batch on one process.
-        world_size: number of processes.
-
-    Raises:
-        ValueError: if the file sets what our own configuration decides, naming both values, or asks for what is not
-            supported.
-    """
-    settings = json.loads(storage.read_text(_located(config.zero_config)))
-    stage = _stage_of(settings)
-    if stage == 0 and config.precision is Precision.FP16:
-        raise ValueError(f"{config.zero_config} is stage 0, which has no fp16: take stage 1, or engine.kind local")
-    for name in ("offload_optimizer", "offload_param"):
-        offload = settings.get("zero_optimization", {}).get(name, {})
-        if offload.get("device") == "nvme" or offload.get("ratio", 1.0) != 1.0:
-            raise ValueError(f"{config.zero_config}: {name} must be all on the cpu, where checkpoints read it")
-    micro_batches = config.micro_batches(rows)
-    ours = {
-        "train_batch_size": rows * world_size,
-        "train_micro_batch_size_per_gpu": micro_batches[0][1],
-        "gradient_accumulation_steps": len(micro_batches),
-        "gradient_clipping": optim.clip_grad_norm,
-        "bf16": {"enabled": config.precision is Precision.BF16 and stage > 0},
-        "fp16": {
-            "enabled": config.precision is Precision.FP16,
-            "initial_scale_power": int(math.log2(FIRST_LOSS_SCALE)),
-            "loss_scale_window": LOSS_SCALE_STEPS,
-            "hysteresis": 1,
-        },
-    }
-    for name, home in OURS.items():
-        if name in settings:
-            raise ValueError(
-                f"{config.zero_config} sets {name!r} to {settings[name]!r}, but {home} decides it "
-                f"(now {ours.get(name, 'unset')!r}); take it out of the file"
-            )
-    if world_size == 1 and stage in (1, 2) and "offload_optimizer" not in settings["zero_optimization"]:
-        settings["zero_optimization"] |= ALONE
-    return {**settings, **ours, "steps_per_print": 1 << 62}
-
-
-def _located(path: str) -> str:
-    """Return a settings file where it lies: as given, or beside the project that this code belongs to."""
-    beside = Path(__file__).resolve().parents[2] / path
-    return path if storage.exists(path) or not beside.is_file() else str(beside)
-
-
-def _stage_of(settings: dict[str, Any]) -> int:
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def _time_collectives(watch: Stopwatch) -> None:
@@ -182,10 +110,13 @@ class DeepSpeedEngine:
         self, module: nn.Module, optim: OptimConfig, ema: EmaConfig, config: EngineConfig, world: World, rows: int
     ) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
+        if world.size == 1:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed must know, and nobody but a launcher says so
+            join_alone(world.device)
         settings = zero_settings(config, optim, rows, world.size)
         self.raw = module.to(memory_format=torch.contiguous_format)  # the one that DeepSpeed sends and flattens
         self._world = world
-        self._stage = _stage_of(settings)
+        self._stage = stage_of(settings)
         if self._stage == 3 and not all(weight.requires_grad for weight in module.parameters()):
             raise ValueError(f"{config.zero_config} is stage 3, which slices weights that are not trained: take 2")
         self._precision = config.precision
@@ -196,7 +127,7 @@ class DeepSpeedEngine:
             model=_Passes(module),
             optimizer=self._optimizer,
             config=settings,
-            dist_init_required=not torch.distributed.is_initialized(),
+            dist_init_required=False,
         )
         if config.precision is Precision.FP16:  # the loop ends a run of lost steps, and says which rows they were
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -215,8 +146,7 @@ class DeepSpeedEngine:
         norm = torch.zeros(())
         for micro_loss in micro_losses:
             watch.enter(StepPhase.FORWARD)
-            with autocast(self._precision if self._stage == 0 else Precision.FP32, self._world.device):
-                loss = self._loss(micro_loss)
+            loss = self._loss(micro_loss)
             watch.enter(StepPhase.BACKWARD)
             self._engine.backward(loss)
             watch.enter(StepPhase.OPTIMIZER)
@@ -308,9 +238,15 @@ class DeepSpeedEngine:
         return self.raw(*inputs) if self._is_updating else self._engine(partial(self.raw, *inputs))
 
     def _loss(self, micro_loss: Callable[[], Tensor]) -> Tensor:
+        def in_precision() -> Tensor:  # within DeepSpeed's forward, which leaves an autocast that stands around it
+            with autocast(self._precision if self._stage == 0 else Precision.FP32, self._world.device):
+                return micro_loss()
+
         self._is_updating = True
-        loss: Tensor = self._engine(micro_loss)
-        self._is_updating = False
+        try:
+            loss: Tensor = self._engine(in_precision)
+        finally:
+            self._is_updating = False
         return loss
 
     def _flats(self) -> list[Tensor]:

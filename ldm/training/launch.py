@@ -21,7 +21,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, get
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState, SchedulingState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ldm.training.local_launch import LaunchConfig, Outcome, Worker, alarms_of
@@ -38,6 +38,7 @@ class Board:
         self._news: list[Progress] = []
         self._outcome: Outcome = {}
         self._is_stopping = False
+        self._is_waiting = False
         self._refusal = ""
 
     def put(self, progress: Progress) -> None:
@@ -72,6 +73,14 @@ class Board:
     def is_stopping(self) -> bool:
         """Say whether the workers are asked to stop."""
         return self._is_stopping
+
+    def wait(self, is_waiting: bool) -> None:
+        """Take note of whether workers are yet to be started."""
+        self._is_waiting = is_waiting
+
+    def is_waiting(self) -> bool:
+        """Say whether workers are yet to be started: there is none that could save."""
+        return self._is_waiting
 
 
 class Deaths(UserCallback):
@@ -125,6 +134,7 @@ class Waits(ControllerCallback):
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Take note of a start that failed, and of one that did not."""
+        self._board.wait.remote(isinstance(current_state, (SchedulingState, ReschedulingState)))
         if isinstance(current_state, RunningState):
             self._num_times.clear()
         if not isinstance(current_state, ReschedulingState):
@@ -147,6 +157,7 @@ def run_on_ray(
     """Run the worker on Ray Train's workers and return the main one's outcome. Ray must be initialised.
 
     A KeyboardInterrupt asks the workers to save and stop, waits for them, and is raised again; a second one gives up.
+    So does the first while there are no workers yet, or none any more.
 
     Raises:
         ValueError: if Ray does not have the CPUs or GPUs asked for.
@@ -217,7 +228,7 @@ def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], 
         watch(Progress(done=0, total=0, notice=f"stopping: {stopping} (again Ctrl-C gives up)"))
         try:
             ray.get(board.ask_to_stop.remote())
-            _watch_until(is_over, board, watch)
+            _watch_until(is_over, board, watch, is_stopping=True)
         except KeyboardInterrupt:
             watch(Progress(done=0, total=0, notice="given up: what was saved last stands"))
             raise
@@ -282,13 +293,18 @@ class _StopPoll:
         return bool(ray.get(self._board.is_stopping.remote()))
 
 
-def _watch_until(is_over: threading.Event, board: Any, watch: Callable[[Progress], None]) -> None:
+def _watch_until(
+    is_over: threading.Event, board: Any, watch: Callable[[Progress], None], *, is_stopping: bool = False
+) -> None:
+    """Show the news until it is over; raise KeyboardInterrupt where it is to stop and waits for workers."""
     while True:
         was_over = is_over.wait(POLL_SECONDS)
         for progress in ray.get(board.take.remote()):
             watch(progress)
         if was_over:
             return
+        if is_stopping and ray.get(board.is_waiting.remote()):
+            raise KeyboardInterrupt
 
 
 def _check_resources(launch: LaunchConfig) -> None:
@@ -306,12 +322,17 @@ def _check_resources(launch: LaunchConfig) -> None:
 
 def missing(launch: LaunchConfig) -> str:
     """Return what the workers wait for, in words: what they need and what the cluster has."""
-    there: dict[str, float] = ray.cluster_resources()
-    free: dict[str, float] = ray.available_resources()
     needs = _resources(launch)
     each = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
-    has = " and ".join(f"{there.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in needs)
-    return f"waiting for {launch.num_workers} workers with {each} each: the cluster has {has}"
+    awaited = f"waiting for {launch.num_workers} workers with {each} each: the cluster"
+    try:
+        there: dict[str, float] = ray.cluster_resources()
+        free: dict[str, float] = ray.available_resources()
+    except Exception as error:  # noqa: BLE001 - whatever it is, a sentence that lacks is not worth a training
+        return f"{awaited} does not tell what it has ({type(error).__name__})"
+    return f"{awaited} has " + " and ".join(
+        f"{there.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in needs
+    )
 
 
 def _resources(launch: LaunchConfig) -> dict[str, float]:

@@ -188,7 +188,9 @@ def _train(task: Task[BatchT], loader: Loader[BatchT], config: LoopConfig, aroun
         is_stopping = is_stopping or around.world.any(around.should_stop())
         if is_stopping or _is_measured(config, state, around.batch_size):
             state = _recover(task, window, state, config, around)
-        if is_due(config.log_every, state.samples_seen, around.batch_size):
+        if state.samples_seen >= config.total_samples or is_due(
+            config.log_every, state.samples_seen, around.batch_size
+        ):
             _log(task, window, loader, state, config, around)
         state = _do_what_is_due(task, window, state, config, around)
         window.restart()

@@ -14,15 +14,13 @@ Letters: N weights, n a rank's share of them, w ranks, B elements of a bucket.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
-from ldm import storage
 from ldm.training.activations import Pass
+from ldm.training.zero_config import is_on_host, read_zero_file, stage_of
 
 FP32 = 4
 MOMENTS = 8
@@ -56,6 +54,10 @@ class Sharding:
     small: int = 0
     has_optimizer_on_host: bool = False
     has_weights_on_host: bool = False
+
+
+UNSHARDED = Sharding(name="local")
+"""The local engine's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,18 +128,21 @@ def resting(sharding: Sharding, step: Step) -> Memory:
     return Memory(moment="rest", **{name: min(getattr(moment, name) for moment in moments) for name in names})
 
 
-def together(one: Memory, other: Memory) -> Memory:
+def combined(one: Memory, other: Memory) -> Memory:
     """Return two networks' memory at a moment of the first's."""
     names = ("weights", "gradients", "optimizer", "averages", "buffers", "activations", "host")
     return replace(one, **{name: getattr(one, name) + getattr(other, name) for name in names})
 
 
+def unit_of(largest: int) -> tuple[str, float]:
+    """Return the unit in which a number of bytes is easily read, and how many bytes it has."""
+    return ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
+
+
 def read_sharding(path: str) -> Sharding:
     """Return what a DeepSpeed file says of memory; what it leaves out has DeepSpeed's default."""
-    beside = Path(__file__).resolve().parents[2] / path
-    there = str(beside) if beside.is_file() and not storage.exists(path) else path
-    settings: dict[str, Any] = json.loads(storage.read_text(there)).get("zero_optimization", {})
-    stage = int(settings.get("stage", 0))
+    file = read_zero_file(path)
+    stage, settings = stage_of(file), file.get("zero_optimization", {})
     overlaps = settings.get("overlap_comm", stage == 3)
     return Sharding(
         name=Path(path).stem,
@@ -151,13 +156,9 @@ def read_sharding(path: str) -> Sharding:
         ),
         fetched=int(settings.get("stage3_prefetch_bucket_size", 5e7)),
         small=int(settings.get("stage3_param_persistence_threshold", 1e5)),
-        has_optimizer_on_host=_is_on_host(settings.get("offload_optimizer")),
-        has_weights_on_host=_is_on_host(settings.get("offload_param")),
+        has_optimizer_on_host=is_on_host(settings.get("offload_optimizer")),
+        has_weights_on_host=is_on_host(settings.get("offload_param")),
     )
-
-
-def _is_on_host(offload: dict[str, Any] | None) -> bool:
-    return offload is not None and offload.get("device", "none") != "none"
 
 
 def _moments(sharding: Sharding, step: Step) -> Iterator[Memory]:
@@ -223,8 +224,11 @@ def _stage_1_or_2(sharding: Sharding, step: Step) -> Iterator[Memory]:
         accumulated = size if sharding.stage == 1 else own
     if step.num_ranks == 1 and not sharding.has_optimizer_on_host:  # nothing is sent: gradients stay with their weights
         kept = accumulated if sharding.stage == 2 else 0
-        yield _backward(replace(always, gradients=kept), step, size)
-        yield _with(always, "reduction", gradients=size + kept, buffers=min(size, sharding.bucket * each))
+        flattened = min(num, sharding.bucket) * each
+        is_amid = sharding.stage == 2 and num > sharding.bucket  # buckets are reduced while there are activations
+        backward = _backward(replace(always, gradients=kept), step, size)
+        yield replace(backward, buffers=backward.buffers + flattened * is_amid)
+        yield _with(always, "reduction", gradients=size + kept, buffers=flattened)
     elif num <= sharding.bucket:
         is_filled = step.is_on_cpu and step.num_micro_batches == 1
         filled = passed.peak_with_gradients_bytes - passed.peak_bytes if is_filled else bucket

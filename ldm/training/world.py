@@ -98,14 +98,28 @@ def hosts_of(size: int, device: torch.device) -> dist.ProcessGroup | None:
     return group
 
 
+def join_alone(device: torch.device) -> None:
+    """Join a process group of this process alone, if none is joined yet: for what can't do without one."""
+    if not dist.is_initialized():
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, and left out of what it exports
+        dist.init_process_group(_backend_of(device), store=store, rank=0, world_size=1)
+
+
+def _backend_of(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
 @contextmanager
 def process_group(rank: int, size: int, device: torch.device) -> Iterator[World]:
-    """Yield the world of this process, joining a process group by torchrun's environment if none is joined yet."""
-    joined_here = size > 1 and not dist.is_initialized()
-    if joined_here:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size)
+    """Yield the world of this process, joining a process group by torchrun's environment if none is joined yet.
+
+    A group that was joined within the block is left at its end.
+    """
+    was_joined = dist.is_initialized()
+    if size > 1 and not was_joined:
+        dist.init_process_group(_backend_of(device), rank=rank, world_size=size)
     try:
         yield World(rank=rank, size=size, device=device, hosts=hosts_of(size, device))
     finally:
-        if joined_here:
+        if dist.is_initialized() and not was_joined:
             dist.destroy_process_group()

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -108,25 +107,12 @@ def main() -> None:
     start = UNet(config)
     batch = _batch(settings, config)
     rates: dict[str, list[float]] = {"loop": [], "bare": [], "deepspeed": []}
-    with _group_of_one(device):
+    with process_group(0, 1, device):
         for _ in range(settings.rounds):
             rates["loop"].append(_loop_rate(copy.deepcopy(start), batch, settings, device, EngineKind.LOCAL))
             rates["bare"].append(_bare_rate(copy.deepcopy(start), batch, settings, device))
             rates["deepspeed"].append(_loop_rate(copy.deepcopy(start), batch, settings, device, EngineKind.DEEPSPEED))
     _report(settings, config, rates)
-
-
-@contextmanager
-def _group_of_one(device: torch.device) -> Iterator[None]:
-    """Be the only process of a group, which DeepSpeed must have."""
-    os.environ.setdefault("LOCAL_RANK", "0")
-    with tempfile.NamedTemporaryFile() as file:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, init_method=f"file://{file.name}", rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            torch.distributed.destroy_process_group()
 
 
 def _batch(settings: LoopBenchmark, config: UNetConfig) -> LatentBatch:
