@@ -65,6 +65,8 @@ def prepare() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("ray", "ray.train", "ray.data", "mlflow", "alembic", "deepspeed", "DeepSpeed", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It sets its level when it is imported, and warns then of every machine without a GPU; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from ldm.training.ema import EmaConfig
 from ldm.training.engine import Engine, EngineConfig, EngineKind, LocalEngine, Precision
 from ldm.training.engines import build_engine
-from ldm.training.memory import read_sharding
 from ldm.training.optim import Decay, OptimConfig, learning_rate
 from ldm.training.stopwatch import StepPhase, Timed
 from ldm.training.world import World
-from ldm.training.zero_config import SINGLE_RANK_OVERRIDES, zero_settings
+from ldm.training.zero_config import zero_settings
 from tests.ranks import alone, run_ranks
 
 BATCH, MICRO, STEPS = 8, 2, 6
@@ -334,76 +333,6 @@ def test_shipped_deepspeed_files_leave_batch_rate_and_precision_to_us() -> None:
         settings = zero_settings(config, OPTIM, rows=8, world_size=2)
         assert settings["train_batch_size"] == 16
         assert settings["gradient_accumulation_steps"] == 4
-
-
-def train_with_and_without_overrides(world: World, folder: Path) -> None:
-    overrides = dict(SINGLE_RANK_OVERRIDES)
-    for kind in ("zero1", "zero2"):
-        found = []
-        for chosen in (overrides, {}):
-            SINGLE_RANK_OVERRIDES.clear()
-            SINGLE_RANK_OVERRIDES.update(chosen)
-            engine = engine_of(kind, world, folder)
-            zero = engine._engine.optimizer  # type: ignore[attr-defined]
-            assert zero.contiguous_gradients is (not chosen)
-            found.append((train_steps(engine, world, range(STEPS)), all_weights(engine)))
-        (norms, weights), (other_norms, other_weights) = found
-        assert norms == other_norms, kind
-        assert all(torch.equal(weights[name], other_weights[name]) for name in weights), kind
-
-
-def test_what_a_single_rank_does_without_changes_no_bit(tmp_path: Path) -> None:
-    run_ranks(1, train_with_and_without_overrides, tmp_path)
-
-
-def test_an_optimizer_that_a_file_leaves_on_the_device_is_no_offload(tmp_path: Path) -> None:
-    path = tmp_path / "zero.json"
-    config = EngineConfig(kind=EngineKind.DEEPSPEED, zero_config=str(path))
-    for offload, overlaps in (({"device": "none"}, False), ({"device": "cpu"}, True)):
-        content = {"stage": 2, "overlap_comm": True, "offload_optimizer": offload}
-        path.write_text(json.dumps({"zero_optimization": content}))
-        found = zero_settings(config, OPTIM, rows=8, world_size=1)["zero_optimization"]
-        assert found["overlap_comm"] is overlaps
-        assert read_sharding(str(path)).has_optimizer_on_host is overlaps
-
-
-def train_under_stage_0_as_if_a_gpu_were_in_autocast(world: World, folder: Path) -> None:
-    # DeepSpeed asks so; it then computes in float32, unless its own configuration says otherwise.
-    torch.is_autocast_enabled = lambda *_: True
-    engine = engine_of("zero0", world, folder, Precision.BF16)
-    dtypes = []
-
-    def loss() -> Tensor:
-        output = engine.wrapped(rows_of_step(0)[0][:BATCH])
-        dtypes.append(output.dtype)
-        value: Tensor = output.float().square().mean()
-        return value
-
-    engine.update([loss], OPTIM.lr, (BATCH, BATCH))
-    assert dtypes == [torch.bfloat16]
-
-
-def test_stage_0_computes_in_the_precision_asked_for(tmp_path: Path) -> None:
-    run_ranks(1, train_under_stage_0_as_if_a_gpu_were_in_autocast, tmp_path)
-
-
-def fail_in_a_loss_and_go_on(world: World, folder: Path) -> None:
-    for kind in ("zero0", "zero2"):
-        engine = engine_of(kind, world, folder)
-
-        def no_loss() -> Tensor:
-            raise ArithmeticError("of the task's")
-
-        with pytest.raises(ArithmeticError):
-            engine.update([no_loss], OPTIM.lr, (BATCH, BATCH))
-        (engine.wrapped(rows_of_step(0)[0]) ** 2).mean()
-        other = engine_of(kind, world, folder)
-        norms = [train_steps(each, world, range(2)) for each in (engine, other)]
-        assert norms[0] == norms[1], kind
-
-
-def test_a_loss_that_raises_leaves_the_engine_as_it_was(tmp_path: Path) -> None:
-    run_ranks(1, fail_in_a_loss_and_go_on, tmp_path)
 
 
 def test_learning_rate_warms_up_and_decays_to_its_share() -> None:

@@ -130,13 +130,13 @@ def main() -> None:
     for job in ("shard_dataset", "precompute_latents"):
         subprocess.run([sys.executable, "-m", f"jobs.{job}", "emoji", "--home", settings.home], cwd=HOUSE, check=True)
     unbroken, killed = Training(settings, "unbroken"), Training(settings, "killed")
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float | None] = {}
     for training, kills in ((unbroken, []), (killed, drawn(settings))):
-        begun = time.monotonic()
+        is_resumed, begun = training.folder.exists(), time.monotonic()
         story = kill_through(training, kills)
         if not training.is_finished:
             training.finish()
-        seconds[training.folder.name] = time.monotonic() - begun
+        seconds[training.folder.name] = None if is_resumed else time.monotonic() - begun
     report(settings, unbroken, killed, story, seconds)
 
 
@@ -220,7 +220,7 @@ def _see_to_its_end(
 
 
 def report(
-    settings: LongRun, unbroken: Training, killed: Training, story: list[str], seconds: dict[str, float]
+    settings: LongRun, unbroken: Training, killed: Training, story: list[str], seconds: dict[str, float | None]
 ) -> None:
     """Print both curves and whether the weights are the same, and save them."""
     one, other = (load_weights(str(training.folder / "ldm" / WEIGHTS)) for training in (unbroken, killed))

@@ -2,7 +2,7 @@
 
 The loop runs under the local engine and, at one rank too, under DeepSpeed.
 
-python -m tests.benchmarks.loop [--device cuda] [--network sd1] [--quick] [--save]
+python -m tests.benchmarks.loop [--device cuda --steps 8] [--network sd1] [--quick] [--save]
 
 Both sides train the same network from the same weights with the same optimizer; ours adds the clock, the draws of noise
 and timesteps, the moving average, metrics, and the loop itself. On a GPU: `--device cuda --network sd1` (bf16).
@@ -39,7 +39,7 @@ from ldm.training.loop import LoopConfig, Surroundings, train
 from ldm.training.optim import OptimConfig, build_optimizer
 from ldm.training.record import SilentTracker
 from ldm.training.speed import peak_of
-from ldm.training.world import World
+from ldm.training.world import World, process_group
 from ldm.types import Condition, LatentBatch
 from ldm.unet import zoo
 from ldm.unet.model import UNet, UNetConfig
@@ -47,6 +47,7 @@ from ldm.unet.model import UNet, UNetConfig
 RESULTS = Path(__file__).parent / "results"
 GOAL = 0.98
 DEEPSPEED_GOAL = 0.95
+SIDES = ("", ", bare beside")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,56 +64,73 @@ class LoopBenchmark(Config):
     """Rows and columns of the latents; 32 is 256 px and 64 is 512 px with a factor of 8."""
     tokens: int = 24
     """Text tokens a row."""
-    steps: int = 8
-    """Timed steps of one turn."""
-    rounds: int = 5
-    """Turns of each side."""
+    steps: int = 1
+    """Steps of a turn; a GPU is waited for at each end of one and needs more, 8."""
+    turns: int = 40
+    """Turns of a run, beside one that allocates."""
+    rounds: int = 3
+    """Runs under each engine."""
     threads: int = 2
     """CPU threads."""
     zero_config: str = "infra/deepspeed/zero2.json"
     """What DeepSpeed is asked for."""
     quick: bool = False
-    """Under a minute: two turns of three steps."""
+    """Under a minute: four turns under each engine."""
     save: bool = False
     """Write the result beside the other results."""
 
 
-class FixedBatches:
-    """Gives the same batch for ever and notes when each was asked for."""
+class Turns:
+    """Gives the same batch for ever; between turns of the loop's steps the other side makes as many.
+
+    Two sides that take turns at every step meet the same neighbours on a shared machine.
+    """
 
     wait_seconds = 0.0
 
-    def __init__(self, batch: LatentBatch, steps: int, device: torch.device) -> None:
+    def __init__(self, batch: LatentBatch, steps: int, device: torch.device, bare_step: Callable[[], None]) -> None:
         self.batch = batch
         self.steps = steps
         self.device = device
-        self.times: list[float] = []
+        self.bare_step = bare_step
+        self.loop_seconds: list[float] = []
+        self.bare_seconds: list[float] = []
 
     def batches(self, samples_seen: int) -> Iterator[LatentBatch]:
         """Yield the batch endlessly."""
         while True:
-            _note(self.times, self.steps, self.device)
-            yield self.batch
+            begun = self._now()
+            for _ in range(self.steps):
+                self.bare_step()
+            turned = self._now()
+            for _ in range(self.steps):
+                yield self.batch
+            self.bare_seconds.append(turned - begun)
+            self.loop_seconds.append(self._now() - turned)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def main() -> None:
     """Run both sides in turns and print the table."""
     settings = tyro.cli(LoopBenchmark, description=__doc__)
     if settings.quick:
-        settings = replace(settings, steps=3, rounds=2)
+        settings = replace(settings, turns=4, rounds=1)
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
     config = zoo.sd1() if settings.network == "sd1" else zoo.emoji()
     torch.manual_seed(0)
     start = UNet(config)
     batch = _batch(settings, config)
-    rates: dict[str, list[float]] = {"loop": [], "bare": [], "deepspeed": []}
+    found: dict[str, list[tuple[float, float]]] = {kind.value: [] for kind in EngineKind}
     with process_group(0, 1, device):
         for _ in range(settings.rounds):
-            rates["loop"].append(_loop_rate(copy.deepcopy(start), batch, settings, device, EngineKind.LOCAL))
-            rates["bare"].append(_bare_rate(copy.deepcopy(start), batch, settings, device))
-            rates["deepspeed"].append(_loop_rate(copy.deepcopy(start), batch, settings, device, EngineKind.DEEPSPEED))
-    _report(settings, config, rates)
+            for kind in EngineKind:
+                found[kind.value] += _turns(copy.deepcopy(start), batch, settings, device, kind)
+    _report(settings, config, found)
 
 
 def _batch(settings: LoopBenchmark, config: UNetConfig) -> LatentBatch:
@@ -125,15 +143,17 @@ def _batch(settings: LoopBenchmark, config: UNetConfig) -> LatentBatch:
     return LatentBatch(keys=keys, samples=torch.arange(rows), moments=moments, condition=Condition(states=states))
 
 
-def _loop_rate(
+def _turns(
     network: UNet, batch: LatentBatch, settings: LoopBenchmark, device: torch.device, kind: EngineKind
-) -> float:
+) -> list[tuple[float, float]]:
+    """Return images a second of the loop and of bare steps, for each turn but the first, which allocates."""
     world = World(rank=0, size=1, device=device)
     precision = Precision.BF16 if device.type == "cuda" else Precision.FP32
     engine_config = EngineConfig(kind=kind, zero_config=settings.zero_config, precision=precision)
     rows = settings.batch_size
     channels = network.config.in_channels
-    total = settings.batch_size * (settings.steps + 2)
+    # One turn more at either end: the first allocates, and the end of the last is not seen.
+    total = settings.batch_size * settings.steps * (settings.turns + 2)
     task = DiffusionTask(
         engine=build_engine(network, OptimConfig(), EmaConfig(), engine_config, world, rows),
         objective=ObjectiveConfig(validation_rows=0),
@@ -151,7 +171,7 @@ def _loop_rate(
         seed=0,
         preview=None,
     )
-    loader = FixedBatches(batch, settings.steps, device)
+    loader = Turns(batch, settings.steps, device, _bare_step(copy.deepcopy(network), batch, settings, device))
     with tempfile.TemporaryDirectory() as folder:
         around = Surroundings(
             world=world,
@@ -163,51 +183,58 @@ def _loop_rate(
         )
         config = LoopConfig(total_samples=total, log_every=0, validate_every=0, picture_every=0, checkpoint_every=0)
         train(_Unmeasured(task), loader, config, around)
-    timed = loader.times[1:]  # the first step allocates
-    return settings.batch_size * (len(timed) - 1) / (timed[-1] - timed[0])
+    rows = settings.batch_size * settings.steps
+    return [(rows / loop, rows / bare) for loop, bare in zip(loader.loop_seconds, loader.bare_seconds, strict=True)][1:]
 
 
-def _bare_rate(network: UNet, batch: LatentBatch, settings: LoopBenchmark, device: torch.device) -> float:
+def _bare_step(network: UNet, batch: LatentBatch, settings: LoopBenchmark, device: torch.device) -> Callable[[], None]:
+    """Return a forward-backward-step on the batch's tensors, and nothing else."""
     network.to(device)
     optimizer = build_optimizer(network.parameters(), OptimConfig())
     clean = batch.moments[:, : network.config.in_channels].to(device)
     condition = batch.condition.to(device, torch.float32)
     timestep = torch.linspace(0, 999, settings.batch_size, device=device)
-    times: list[float] = []
-    for _ in range(settings.steps + 2):
-        _note(times, settings.steps, device)
+
+    def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext():
             loss = (network(clean, timestep, condition) - clean).square().mean()
         torch.autograd.backward(loss)
         optimizer.step()
-    timed = times[1:]
-    return settings.batch_size * (len(timed) - 1) / (timed[-1] - timed[0])
+
+    return step
 
 
-def _report(settings: LoopBenchmark, config: UNetConfig, rates: dict[str, list[float]]) -> None:
+def _report(settings: LoopBenchmark, config: UNetConfig, found: dict[str, list[tuple[float, float]]]) -> None:
     flops = _training_flops(config, settings)
     card = torch.cuda.get_device_name() if settings.device == "cuda" else platform.processor() or platform.machine()
     peak = peak_of(card, Precision.BF16)
     memory = torch.cuda.max_memory_allocated() / 1e9 if settings.device == "cuda" else 0.0
     print(f"{settings.network}, batch {settings.batch_size}, latents {settings.latent_size}")
     print(f"{card}, torch {torch.__version__}")
-    print(f"{'side':10}{'median':>10}{'min':>10}{'max':>10}  images a second   GFLOP/s    MFU")
-    for side, values in rates.items():
+    print(f"{'side':26}{'median':>10}{'min':>10}{'max':>10}  images a second   GFLOP/s    MFU")
+    sides = {
+        f"{kind}{beside}": [turn[at] for turn in turns]
+        for kind, turns in found.items()
+        for at, beside in enumerate(SIDES)
+    }
+    for side, values in sides.items():
         middle = statistics.median(values)
         share = f"{middle * flops / peak:7.1%}" if peak else "      -"
         print(
-            f"{side:10}{middle:10.2f}{min(values):10.2f}{max(values):10.2f}  {'':15}{middle * flops / 1e9:10.1f}{share}"
+            f"{side:26}{middle:10.2f}{min(values):10.2f}{max(values):10.2f}  {'':15}{middle * flops / 1e9:10.1f}{share}"
         )
     if memory:
-        print(f"peak memory {memory:.1f} GB")
-    ratio = statistics.median(a / b for a, b in zip(rates["loop"], rates["bare"], strict=True))
-    deepspeed = statistics.median(a / b for a, b in zip(rates["deepspeed"], rates["loop"], strict=True))
+        print(f"peak memory of both sides together {memory:.1f} GB")
+    quartiles = {kind: statistics.quantiles([loop / bare for loop, bare in turns]) for kind, turns in found.items()}
+    ratio = quartiles["local"][1]
+    deepspeed = quartiles["deepspeed"][1] / ratio
     result = {
         "settings": settings.to_dict(),
         "machine": card,
         "torch": torch.__version__,
-        "images_per_second": rates,
+        "images_per_second": sides,
+        "quartiles_of_the_ratio_to_bare": quartiles,
         "training_gflop_per_image": flops / 1e9,
         "peak_memory_gb": memory,
         "ratio": ratio,
@@ -216,7 +243,9 @@ def _report(settings: LoopBenchmark, config: UNetConfig, rates: dict[str, list[f
     if settings.save:
         path = RESULTS / f"loop-{settings.device}-{settings.network}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"loop ratio {ratio:.3f} goal {GOAL}; under DeepSpeed {deepspeed:.3f} of it, goal {DEEPSPEED_GOAL}")
+    for kind, (low, middle, high) in quartiles.items():
+        print(f"loop under {kind}: {middle:.3f} of bare steps, half of the turns from {low:.3f} to {high:.3f}")
+    print(f"goal {GOAL} under the local engine; DeepSpeed makes {deepspeed:.3f} of that, goal {DEEPSPEED_GOAL}")
 
 
 def _training_flops(config: UNetConfig, settings: LoopBenchmark) -> float:
@@ -230,13 +259,6 @@ def _training_flops(config: UNetConfig, settings: LoopBenchmark) -> float:
         pooled_width=None,
     )
     return denoiser_flops(config, ConditioningConfig(), told)
-
-
-def _note(times: list[float], steps: int, device: torch.device) -> None:
-    """Note when a step begins; a GPU is waited for before the first that counts, and after the last."""
-    if device.type == "cuda" and len(times) in (1, steps + 1):
-        torch.cuda.synchronize()
-    times.append(time.perf_counter())
 
 
 class _NoRows:
