@@ -28,6 +28,7 @@ import tyro
 import yaml
 
 from jobs.session import SUBMITTED_JOB
+from jobs.wiring.picture_settings import is_png, settings_in
 from jobs.wiring.repeating import repeated
 from ldm import storage
 from ldm.config import Config
@@ -67,8 +68,9 @@ class _Line(Generic[ConfigT]):
     """Named run to start from; it comes first."""
     home: str
     """Folder or URL that the recipe puts everything under."""
-    saved_config: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")]
-    """YAML file of a whole config, as saved with every run, in place of a recipe; flags still override its fields."""
+    saved_config: Annotated[str | None, tyro.conf.arg(name="config", aliases=("--repeat",), metavar="FILE")]
+    """YAML file of a whole config, as saved with every run, or a picture with its settings in it, in place of a
+    recipe; flags still override its fields."""
     from_run: Annotated[str | None, tyro.conf.arg(metavar="RUN_ID")]
     """Run at MLflow (--tracking.uri) whose whole config is taken, in folders of its own; flags still override."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -160,7 +162,7 @@ def _common_options(argv: list[str]) -> argparse.Namespace:
     """Read what decides the defaults of everything else; tyro then reads, checks and explains the whole line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--home", nargs="?")
-    parser.add_argument("--config", nargs="?")
+    parser.add_argument("--config", "--repeat", nargs="?")
     parser.add_argument("--from-run", "--from_run", nargs="?")
     parser.add_argument("--tracking.uri", nargs="?", dest="tracking_uri")
     return parser.parse_known_args(argv)[0]
@@ -168,10 +170,12 @@ def _common_options(argv: list[str]) -> argparse.Namespace:
 
 def _load(expected: type[ConfigT], path: str) -> ConfigT:
     try:
-        return expected.from_yaml(storage.read_text(path))
+        content = storage.read_bytes(path)
+        # A picture's settings are JSON, which is YAML.
+        return expected.from_yaml(settings_in(content) if is_png(content) else content.decode())
     except OSError as error:
         raise ValueError(f"there is no config file {path}") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is one
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -1,6 +1,11 @@
 """Draws a grid of prompts x guidance scales with a finished model.
 
 python -m jobs.sample [RECIPE] [--home DIR] [--prompts "a red heart" "a green apple"] [--guidance 1 3 7]
+    --picture FILE --strength 0.6            begins with a picture
+    --picture FILE --mask FILE               draws a picture anew where the mask is light
+    --height 128 --width 256                 larger than trained
+    --is-separate                            each picture in a file of its own
+python -m jobs.sample --repeat PICTURE.png   draws what the settings in a picture say
 """
 
 from __future__ import annotations
@@ -16,24 +21,24 @@ from ldm import storage
 
 @report_errors()
 def main() -> None:
-    """Draw the grid, unless this very grid is there."""
+    """Draw the pictures, unless these very ones are there."""
     prepare()
     config, dry_run = (asked := from_command_line("sample", SAMPLE)).config, asked.dry_run
-    path = config.picture_path()
-    is_there = storage.exists(path)
+    paths = config.picture_paths()
+    is_there = all(map(storage.exists, paths))
     if dry_run:
-        print(
-            f"{len(config.prompts)} prompts x {len(config.guidance)} scales, {config.sampler.num_steps} steps: {path}"
-        )
+        print(f"{len(config.prompts)} prompts x {len(config.guidance)} scales, {config.num_steps} steps:")
+        print("\n".join(paths))
         print("drawn already" if is_there else "not drawn yet")
         return
     if not is_there:
         storage.check_writable(config.root)
         launch(sample_worker, config, config.launch, "sample", works_alone=True)
     if is_main_process():
-        if not is_there:
-            publish_picture(config, path)
-        print(f"picture   {path}")
+        for path in paths:
+            if not is_there:
+                publish_picture(config, path)
+            print(f"picture   {path}")
 
 
 if __name__ == "__main__":

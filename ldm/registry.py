@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.tracking import MlflowClient
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types import DataType, ParamSchema, ParamSpec
 
 from ldm import storage
-from ldm.samplers.sample import SamplerConfig
+from ldm.drawing import Drawing
+from ldm.requests import Request, draw, mask_from, picture_from
 from ldm.text_to_image import (
     AUTOENCODER_FOLDER,
     ModelCard,
@@ -76,7 +79,7 @@ class PointedAutoencoder:
 
 
 class RegisteredTextToImage(PythonModel):
-    """Draws prompts: `predict(["a red heart"])` returns uint8 pixels, shape (n, y, x, 3)."""
+    """Draws: `predict(["a red heart"])` returns uint8 pixels, shape (n, y, x, 3); a table says more of each picture."""
 
     def __init__(self) -> None:
         self._model: TextToImage | None = None
@@ -91,47 +94,98 @@ class RegisteredTextToImage(PythonModel):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_text_to_image(find_model(pointer["uri"], pointer["digest"]), device)
 
-    # MLflow reads the annotations of this one as a schema and knows only a few types: the signature says it instead.
+    # MLflow reads the annotations of this one as a schema and knows only a few types: the docstring says it instead.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Return one image for each prompt.
+        """Return one image for each row, uint8: an array (n, y, x, 3), or a list of arrays where sizes differ.
 
         Args:
             context: not looked at; the model was loaded from it.
-            model_input: a list of prompts, or a DataFrame with a column `prompt` (or only one column).
-            params: seed of the first image (the next ones count on), guidance, num_steps.
+            model_input: a prompt, a list of them, or a DataFrame with the column `prompt` and, where wanted:
+                `negative_prompt`, `seed`, `guidance`, `steps`, `height` and `width` (pixels), `init_image` (address,
+                PNG or JPEG bytes, PIL image or uint8 array), `mask` (the same; its light pixels are drawn anew) and
+                `strength`. What a cell leaves empty has its default.
+            params: seed of the first image (the next ones count on), guidance and num_steps for rows that say nothing.
+
+        Raises:
+            ValueError: for no rows, unknown columns, or a row that the model can't draw.
         """
         assert self._model is not None, "mlflow calls load_context before predict"
-        prompts = prompts_of(model_input)
-        chosen = params or {}
-        card = self._model.card
-        first_seed = int(chosen.get("seed", 0))
-        num_steps = int(chosen.get("num_steps") or card.sampler.num_steps)
-        guidance = float(chosen.get("guidance", card.guidance))
-        sampler = SamplerConfig(
-            stepper=card.sampler.stepper, num_steps=num_steps, eta=card.sampler.eta, grid=card.sampler.grid
-        )
-        return self._model.generate(
-            prompts,
-            seeds=[first_seed + row for row in range(len(prompts))],
-            guidance=[guidance] * len(prompts),
-            sampler=sampler,
-        )
+        pictures = draw(self._model, requests_of(model_input, params or {}, self._model.card))
+        return np.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else pictures
 
 
-def prompts_of(model_input: Any) -> list[str]:
-    """Return the prompts of a pyfunc input.
+COLUMNS = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "guidance",
+    "steps",
+    "height",
+    "width",
+    "init_image",
+    "mask",
+    "strength",
+)
+
+
+def requests_of(model_input: Any, params: Mapping[str, Any], card: ModelCard) -> list[Request]:
+    """Return the requests of a pyfunc input; see `RegisteredTextToImage.predict`.
 
     Raises:
-        ValueError: if it holds none, or a table has no column `prompt`.
+        ValueError: if it holds none, or a table has no column `prompt` or unknown ones.
     """
-    if isinstance(model_input, pd.DataFrame):
-        if "prompt" not in model_input and model_input.shape[1] != 1:
-            raise ValueError(f"the table needs a column 'prompt', it has {list(model_input.columns)}")
-        model_input = model_input["prompt" if "prompt" in model_input else model_input.columns[0]]
-    prompts = [str(prompt) for prompt in ([model_input] if isinstance(model_input, str) else model_input)]
-    if not prompts:
+    rows = _rows(model_input)
+    if not rows:
         raise ValueError("there are no prompts to draw")
-    return prompts
+    first_seed = int(params.get("seed", 0))
+    return [
+        _request({"seed": first_seed + number, **params_of_row(params), **row}, card) for number, row in enumerate(rows)
+    ]
+
+
+def params_of_row(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what params say of each row, under the names of columns."""
+    names = {"guidance": "guidance", "num_steps": "steps"}
+    return {column: params[name] for name, column in names.items() if params.get(name) is not None}
+
+
+def _rows(model_input: Any) -> list[dict[str, Any]]:
+    """Return the cells of each row that are not empty."""
+    if not isinstance(model_input, pd.DataFrame):
+        prompts = [model_input] if isinstance(model_input, str) else model_input
+        return [{"prompt": str(prompt)} for prompt in prompts]
+    table = model_input
+    if table.shape[1] == 1 and "prompt" not in table:
+        table = table.set_axis(["prompt"], axis=1)
+    if "prompt" not in table:
+        raise ValueError(f"the table needs a column 'prompt', it has {list(table.columns)}")
+    if unknown := [str(column) for column in table.columns if column not in COLUMNS]:
+        raise ValueError(f"the table has the unknown columns {unknown}; known are {', '.join(COLUMNS)}")
+    return [{name: value for name, value in row.items() if not _is_empty(value)} for row in table.to_dict("records")]
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _request(row: Mapping[str, Any], card: ModelCard) -> Request:
+    picture = picture_from(row["init_image"]) if "init_image" in row else None
+    sampler = replace(card.sampler, num_steps=int(row.get("steps") or card.sampler.num_steps))
+    drawing = Drawing(
+        sampler=sampler,
+        height=int(row.get("height", 0)),
+        width=int(row.get("width", 0)),
+        strength=float(row.get("strength", 1.0)),
+    )
+    return Request(
+        prompt=str(row["prompt"]),
+        negative_prompt=str(row.get("negative_prompt", "")),
+        seed=int(row["seed"]),
+        guidance=float(row.get("guidance", card.guidance)),
+        drawing=drawing,
+        picture=picture,
+        mask=mask_from(row["mask"]) if "mask" in row else None,
+    )
 
 
 def register(*, uri: str, run_id: str, name: str, folder: str, tags: Mapping[str, str]) -> RegisteredModel:
@@ -238,7 +292,6 @@ def _quiet() -> Iterator[None]:
 
 def _signature(card: ModelCard) -> ModelSignature:
     return ModelSignature(
-        inputs=Schema([ColSpec(DataType.string)]),
         params=ParamSchema(
             [
                 ParamSpec("seed", DataType.long, 0),

@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 
 from ldm import storage
 from ldm.autoencoder.model import Autoencoder
@@ -29,10 +29,12 @@ from ldm.config import Config, added_later, digest_of
 from ldm.denoiser import denoiser_digests, load_denoiser, unet_config
 from ldm.diffusion.process import Prediction
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
+from ldm.drawing import Draft, Drawing, Pixels, checked_size, images_of, pixels_of
 from ldm.interop.diffusers import load_autoencoder, weights_digest
 from ldm.latents import LatentSpace
-from ldm.samplers.guidance import Network, guided_denoiser
-from ldm.samplers.sample import SamplerConfig, initial_noise, sample, step_noise
+from ldm.samplers.guidance import PLAIN, GuidanceForm, Network, guided_denoiser
+from ldm.samplers.sample import Denoiser, OnStep, SamplerConfig, initial_noise, sample, step_noise
+from ldm.samplers.tasks import Start, latent_mask, sample_from
 from ldm.types import Condition, Image, Latent
 
 MODEL_FILE = "model.json"
@@ -41,7 +43,8 @@ KEPT_FOLDER = "models"
 """Beside a model folder: models that it held before, by digest."""
 FORMAT = 1
 
-Pixels = UInt8[np.ndarray, "n y x 3"]
+OnDrawn = Callable[[float, int], None]
+"""(images drawn so far, those under way in part; number of the step that was made)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +95,7 @@ class TextToImage:
 
     Args:
         unet: the denoiser, any network of its signature.
+        shrinks: by what the denoiser shrinks a latent's sides at most, which they must be multiples of.
         autoencoder: what decodes its latents.
         text_encoder: what its prompts go through.
         card: how they fit together.
@@ -106,8 +110,10 @@ class TextToImage:
         text_encoder: TextEncoder,
         card: ModelCard,
         device: torch.device,
+        shrinks: int = 1,
     ) -> None:
         self.card = card
+        self._shrinks = shrinks
         self._unet = unet
         self._autoencoder = autoencoder
         self._text_encoder = text_encoder
@@ -120,41 +126,74 @@ class TextToImage:
         *,
         seeds: Sequence[int],
         guidance: Sequence[float] | None = None,
-        sampler: SamplerConfig | None = None,
+        negative_prompts: Sequence[str] | None = None,
+        drawing: Drawing | None = None,
+        draft: Draft | None = None,
         batch_size: int = 16,
-        on_images: Callable[[int], None] | None = None,
+        on_step: OnDrawn | None = None,
     ) -> Pixels:
         """Return one image for each prompt.
 
         Args:
             prompts: n texts.
-            seeds: n seeds; an image depends on its own prompt, seed and guidance, not on the others.
+            seeds: n seeds; an image depends on its own prompt, seed and guidance, not on the others: not on a bit
+                where as many are sampled together, else by what the device rounds otherwise for other shapes.
             guidance: n guidance scales; the card's where not given.
-            sampler: how to sample; the card's where not given.
+            negative_prompts: n texts that guidance leads away from; the empty one where not given.
+            drawing: sampler, guidance's form and size; the card's sampler and the size of the training where not given.
+            draft: n pictures to begin with, or to draw anew where their masks say so.
             batch_size: images sampled together.
-            on_images: called with the number of images done.
+            on_step: called after each step with the images done so far, those under way in part, and the step's number.
 
         Raises:
-            ValueError: for no prompts, or another number of seeds or scales than of prompts.
+            ValueError: for no prompts, another number of anything else than of prompts, a size that the networks can't
+                draw, or a picture of another size.
         """
         if not prompts:
             raise ValueError("there are no prompts to draw")
-        scales = list(guidance) if guidance is not None else [self.card.guidance] * len(prompts)
-        if not len(prompts) == len(seeds) == len(scales):
-            raise ValueError(
-                f"prompts, seeds and guidance must be equally many, got {len(prompts)}, {len(seeds)} and {len(scales)}"
-            )
+        count = len(prompts)
+        scales = list(guidance) if guidance is not None else [self.card.guidance] * count
+        led_away = list(negative_prompts) if negative_prompts is not None else [""] * count
+        numbers = {"seeds": len(seeds), "guidance": len(scales), "negative_prompts": len(led_away)}
+        numbers |= {"pictures to begin with": len(draft.pixels)} if draft else {}
+        if wrong := [f"{number} {name}" for name, number in numbers.items() if number != count]:
+            raise ValueError(f"as many are needed of each as there are prompts, {count}: got {', '.join(wrong)}")
+        drawing = drawing or Drawing(sampler=self.card.sampler)
+        size = checked_size(drawing, draft, self.trained_size, self.multiple)
         condition = self.condition(prompts)
+        null_text = self.condition(led_away if len(set(led_away)) > 1 else led_away[:1])
         parts: list[Pixels] = []
-        for start in range(0, len(prompts), batch_size):
-            stop = min(start + batch_size, len(prompts))
-            images = self.images(
-                condition.rows(start, stop), seeds[start:stop], scales[start:stop], sampler or self.card.sampler
-            )
-            parts.append(pixels_of(images))
-            if on_images is not None:
-                on_images(stop)
+        for start in range(0, count, batch_size):
+            stop = min(start + batch_size, count)
+            away = null_text if null_text.num_rows == 1 else null_text.rows(start, stop)
+            denoise = self._denoiser(condition.rows(start, stop), away, scales[start:stop], drawing.form)
+            begun = draft.rows(start, stop) if draft else None
+            told = None if on_step is None else partial(_tell, on_step, start, stop, drawing.num_steps)
+            latent = self._sampled(denoise, seeds[start:stop], size, drawing, begun, told)
+            drawn = pixels_of(self._decoded(latent))
+            parts.append(begun.kept_in(drawn) if begun else drawn)
         return np.concatenate(parts)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a prompt that are read."""
+        return self._text_encoder.max_tokens
+
+    def is_cut(self, prompt: str) -> bool:
+        """Say whether a prompt is longer than what is read of it."""
+        reads = self.card.conditioning.text is not TextUse.NONE
+        return reads and self._text_encoder.count_truncated([prompt]) > 0
+
+    @property
+    def trained_size(self) -> tuple[int, int]:
+        """Pixel rows and columns of the training."""
+        rows, columns = self.card.latent_size
+        return rows * self._autoencoder.config.factor, columns * self._autoencoder.config.factor
+
+    @property
+    def multiple(self) -> int:
+        """What pixel rows and columns must be multiples of."""
+        return self._autoencoder.config.factor * self._shrinks
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Return the prompts as the denoiser sees them."""
@@ -174,8 +213,7 @@ class TextToImage:
     ) -> Image:
         """Return one batch of images, shape (b, 3, y, x), about in [-1, 1]."""
         latent = self.latents(condition, seeds, scales, sampler)
-        image: Image = self._autoencoder.decode(self.card.space.unscaled(latent))
-        return image
+        return self._decoded(latent)
 
     @torch.no_grad()
     def latents(
@@ -184,24 +222,58 @@ class TextToImage:
         """Return one batch of scaled latents, shape (b, c, h, w)."""
         size = self.card.latent_size if condition.spatial is None else condition.spatial.shape[-2:]
         shape = (self.card.space.num_channels, int(size[0]), int(size[1]))
-        denoise = guided_denoiser(
+        denoise = self._denoiser(condition, self.condition([""]), scales, PLAIN)
+        return sample(denoise, self._noise(seeds, shape), self._schedule, sampler, step_noise(0, seeds, shape))
+
+    def _denoiser(
+        self, condition: Condition, null_text: Condition, scales: Sequence[float], form: GuidanceForm
+    ) -> Denoiser:
+        return guided_denoiser(
             self._unet,
             self._schedule,
             self.card.prediction,
             condition,
-            null_condition(self.card.conditioning, condition, self.condition([""])),
+            null_condition(self.card.conditioning, condition, null_text),
             torch.tensor(scales, device=self.device),
+            form,
         )
-        # The seed is the row's place in the stream of noises: one image does not move with its batch.
-        noise = initial_noise(0, seeds, shape).to(self.device)
-        return sample(denoise, noise, self._schedule, sampler, step_noise(0, seeds, shape))
+
+    @torch.no_grad()
+    def _sampled(
+        self,
+        denoise: Denoiser,
+        seeds: Sequence[int],
+        size: tuple[int, int],
+        drawing: Drawing,
+        draft: Draft | None,
+        on_step: OnStep | None,
+    ) -> Latent:
+        factor = self._autoencoder.config.factor
+        shape = (self.card.space.num_channels, size[0] // factor, size[1] // factor)
+        noise, draw_noise = self._noise(seeds, shape), step_noise(0, seeds, shape)
+        if draft is None:
+            return sample(denoise, noise, self._schedule, drawing.sampler, draw_noise, on_step)
+        clean = self.card.space.scaled_mode(self._autoencoder.encode(images_of(draft.pixels, self.device)))
+        mask = None
+        if draft.masks is not None:
+            mask = latent_mask(torch.from_numpy(draft.masks).to(self.device), factor)
+        start = Start(clean, mask)
+        return sample_from(
+            denoise, start, noise, self._schedule, drawing.sampler, drawing.strength, draw_noise, on_step
+        )
+
+    def _noise(self, seeds: Sequence[int], shape: tuple[int, int, int]) -> Latent:
+        """Return what the seeds draw: each is a row's place in the stream of noises, whatever batch it is in."""
+        return initial_noise(0, seeds, shape).to(self.device)
+
+    @torch.no_grad()
+    def _decoded(self, latent: Latent) -> Image:
+        image: Image = self._autoencoder.decode(self.card.space.unscaled(latent))
+        return image
 
 
-def pixels_of(images: Image) -> Pixels:
-    """Return uint8 pixels, channels last, of images in [-1, 1]."""
-    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels: Pixels = scaled.permute(0, 2, 3, 1).cpu().numpy()
-    return pixels
+def _tell(on_step: OnDrawn, start: int, stop: int, num_steps: int, index: int, _: Latent) -> None:
+    on_step(start + (stop - start) * (index + 1) / num_steps, index + 1)
 
 
 def save_card(card: ModelCard, folder: str) -> None:
@@ -280,6 +352,7 @@ def load_text_to_image(folder: str, device: torch.device) -> TextToImage:
         text_encoder=TextEncoder(card.text, device),
         card=card,
         device=device,
+        shrinks=2 ** (len(unet_config(denoiser).channel_mult) - 1),
     )
 
 

@@ -1,111 +1,198 @@
-"""Sampling, put together: prompts x guidance scales → one picture with captions."""
+"""Sampling, put together: prompts x guidance scales → one picture with captions, or each by itself."""
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
+from jobs.wiring.picture_settings import save_with_settings
 from ldm import storage
-from ldm.config import Config, digest_of
-from ldm.samplers.sample import SamplerConfig
-from ldm.text_to_image import Pixels, load_card, load_text_to_image, model_digest
+from ldm.config import added_later, digest_of
+from ldm.drawing import Draft, Drawing, Pixels
+from ldm.requests import fitted, fitted_mask, mask_from, picture_from
+from ldm.text_to_image import TextToImage, find_model, load_card, load_text_to_image, model_digest
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
 
-CELL = 128
+LEAST_CELL, LARGEST_CELL = 128, 512
+"""Pixels of the longer side of a grid's pictures: smaller ones are enlarged, larger ones shrunk."""
 LABEL_WIDTH = 200
 HEADER = 28
 GAP = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SampleConfig(Config):
-    """Draw a grid of prompts x guidance scales."""
+class SampleConfig(Drawing):
+    """Draw a grid of prompts x guidance scales, or its pictures one by one."""
 
     root: str
-    """Folder that the picture is written to."""
+    """Folder that pictures are written to."""
     record: str
     """Local folder of the training's record, which names its MLflow run."""
     model: str
     """Folder or URL of the model."""
+    model_digest: str = added_later("")
+    """Digest of the model; empty takes the one that lies there now. A picture's own settings name it."""
     prompts: tuple[str, ...]
     """One row of the grid each."""
+    negative_prompt: str = added_later("")
+    """What guidance leads away from, in all pictures."""
     guidance: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
     """One column of the grid each; 1 is the conditional model without guidance."""
     seed: int = 0
     """Seed of the first row's noise; the next rows count on. A row has one noise over all scales."""
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """How latents are sampled."""
+    picture: str = added_later("")
+    """Picture that every drawing begins with (see strength), cut to height and width; file or URL."""
+    mask: str = added_later("")
+    """Picture whose light pixels are drawn anew, laid over the other one; all else comes back untouched."""
+    is_separate: bool = added_later(False)
+    """Write each picture by itself and without captions, in place of a grid."""
     launch: LaunchConfig = LaunchConfig()
     """Where it runs (one worker)."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
 
     def __post_init__(self) -> None:
+        Drawing.__post_init__(self)
         if not self.prompts or not self.guidance:
             raise ValueError("a grid needs at least one prompt and one guidance scale")
+        if self.mask and not self.picture:
+            raise ValueError("a mask needs a picture that it lies over: --picture FILE")
+        if self.strength < 1 and not self.picture:
+            raise ValueError(f"strength {self.strength} is of a picture to begin with: --picture FILE")
 
     @property
-    def request(self) -> str:
-        """What identifies the picture beside the model."""
-        return digest_of([self.prompts, self.guidance, self.seed, self.sampler.to_dict()])
+    def drawing(self) -> Drawing:
+        """How pictures are drawn."""
+        return Drawing(**{field.name: getattr(self, field.name) for field in fields(Drawing)})
 
-    def picture_path(self) -> str:
-        """Return where the picture lies: the same request of the same model has the same name."""
-        name = digest_of([model_digest(load_card(self.model)), self.request])[:12]
-        return storage.join(self.root, f"grid-{name}.png")
+    def parts(self) -> list[SampleConfig]:
+        """Return the requests of the pictures that are written: the grid's own, or those of its pictures by row."""
+        if not self.is_separate:
+            return [self]
+        return [
+            replace(self, prompts=(prompt,), guidance=(scale,), seed=self.seed + row)
+            for row, prompt in enumerate(self.prompts)
+            for scale in self.guidance
+        ]
+
+    def picture_paths(self) -> list[str]:
+        """Return where the pictures lie: the same request of the same model has the same name."""
+        digest = self.model_digest or model_digest(load_card(self.model))
+        kind = "picture" if self.is_separate else "grid"
+        names = [digest_of([digest, part.asked()])[:12] for part in self.parts()]
+        return [storage.join(self.root, f"{kind}-{name}.png") for name in names]
+
+    def asked(self) -> dict[str, Any]:
+        """Return what is asked for, wherever it is drawn and written."""
+        elsewhere = ("root", "record", "model", "model_digest", "launch", "tracking")
+        return {name: value for name, value in self.to_dict().items() if name not in elsewhere}
 
 
 def sample_worker(
     config: SampleConfig, world: World, report: Callable[[Progress], None], should_stop: Callable[[], bool]
 ) -> Outcome:
-    """Draw the grid in one process and write it."""
-    model = load_text_to_image(config.model, world.device)
+    """Draw the pictures in one process and write them."""
+    folder = find_model(config.model, config.model_digest) if config.model_digest else config.model
+    model = load_text_to_image(folder, world.device)
+    if told := cut_prompts(model, [*config.prompts, config.negative_prompt]):
+        report(Progress(done=0, total=0, notice=told))
     columns = len(config.guidance)
-    total = len(config.prompts) * columns
+    count = len(config.prompts) * columns
     images = model.generate(
         [prompt for prompt in config.prompts for _ in config.guidance],
         seeds=[config.seed + row for row in range(len(config.prompts)) for _ in config.guidance],
         guidance=list(config.guidance) * len(config.prompts),
-        sampler=config.sampler,
-        on_images=lambda done: report(Progress(done=done, total=total)),
+        negative_prompts=[config.negative_prompt] * count,
+        drawing=config.drawing,
+        draft=_draft(config, model, count),
+        on_step=_Steps(report, count),
     )
-    settings = {"request": config.to_dict(), "model": model_digest(model.card)}
-    path = config.picture_path()
-    with storage.open_atomic(path) as file:
-        info = PngInfo()
-        info.add_text("settings", json.dumps(settings))
-        grid_picture(images, config.prompts, config.guidance).save(file, "PNG", pnginfo=info)
-    return {"is_finished": True, "picture": path}
+    known = replace(config, model_digest=model_digest(model.card))
+    paths = config.picture_paths()
+    drawn = list(images) if config.is_separate else [images]
+    for path, part, shown in zip(paths, known.parts(), drawn, strict=True):
+        picture = PILImage.fromarray(shown) if config.is_separate else grid_picture(shown, part)
+        with storage.open_atomic(path) as file:
+            save_with_settings(picture, json.dumps(part.to_dict()), file)
+    return {"is_finished": True, "pictures": paths}
 
 
-def grid_picture(images: Pixels, prompts: tuple[str, ...], guidance: tuple[float, ...]) -> PILImage.Image:
+class _Steps:
+    """Reports pictures, those under way in part, and steps a second."""
+
+    def __init__(self, report: Callable[[Progress], None], count: int) -> None:
+        self._report = report
+        self._count = count
+        self._num_steps = 0
+        self._begun = time.monotonic()
+
+    def __call__(self, done: float, _: int) -> None:
+        self._num_steps += 1
+        rate = self._num_steps / max(1e-9, time.monotonic() - self._begun)
+        self._report(Progress(done=int(done), total=self._count, metrics={"steps_per_second": rate}))
+
+
+def _draft(config: SampleConfig, model: TextToImage, count: int) -> Draft | None:
+    if not config.picture:
+        return None
+    own = picture_from(config.picture)
+    size = config.height or model.trained_size[0], config.width or model.trained_size[1]
+    masks = None
+    if config.mask:
+        mask = mask_from(config.mask)
+        if mask.shape != own.shape[:2]:
+            raise ValueError(
+                f"the mask has {mask.shape[1]} x {mask.shape[0]} px, the picture {own.shape[1]} x {own.shape[0]} px: "
+                "they must lie over each other"
+            )
+        masks = np.stack([fitted_mask(mask, size)] * count)
+    return Draft(pixels=np.stack([fitted(own, size)] * count), masks=masks)
+
+
+def cut_prompts(model: TextToImage, prompts: Sequence[str]) -> str:
+    """Return in words which prompts are longer than the model reads; empty if none is."""
+    cut = [prompt for prompt in dict.fromkeys(prompts) if model.is_cut(prompt)]
+    if not cut:
+        return ""
+    shown = ", ".join(repr(textwrap.shorten(prompt, 60, placeholder="...")) for prompt in cut[:3])
+    return (
+        f"{len(cut)} of the prompts {'is' if len(cut) == 1 else 'are'} longer than the {model.max_tokens} tokens that "
+        f"the model reads, and cut there: {shown}"
+    )
+
+
+def grid_picture(images: Pixels, config: SampleConfig) -> PILImage.Image:
     """Return one picture: a row for each prompt with its text, a column for each guidance scale."""
-    columns = len(guidance)
-    width = LABEL_WIDTH + columns * (CELL + GAP) + GAP
-    height = HEADER + len(prompts) * (CELL + GAP) + GAP
+    columns, rows = len(config.guidance), len(config.prompts)
+    longer = max(images.shape[1:3])
+    factor = min(max(longer, LEAST_CELL), LARGEST_CELL) / longer
+    cell_height, cell_width = (round(side * factor) for side in images.shape[1:3])
+    width = LABEL_WIDTH + columns * (cell_width + GAP) + GAP
+    height = HEADER + rows * (cell_height + GAP) + GAP
     canvas = PILImage.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(15)
-    for column, scale in enumerate(guidance):
-        left = LABEL_WIDTH + GAP + column * (CELL + GAP)
-        draw.text((left + CELL / 2, HEADER / 2 + 2), f"guidance {scale:g}", "black", font, anchor="mm")
-    for row, prompt in enumerate(prompts):
-        top = HEADER + row * (CELL + GAP)
+    for column, scale in enumerate(config.guidance):
+        left = LABEL_WIDTH + GAP + column * (cell_width + GAP)
+        draw.text((left + cell_width / 2, HEADER / 2 + 2), f"guidance {scale:g}", "black", font, anchor="mm")
+    for row, prompt in enumerate(config.prompts):
+        top = HEADER + row * (cell_height + GAP)
         label = "\n".join(textwrap.wrap(prompt, 24)[:6])
-        draw.multiline_text((GAP, top + CELL / 2), label, "black", font, anchor="lm", spacing=4)
+        draw.multiline_text((GAP, top + cell_height / 2), label, "black", font, anchor="lm", spacing=4)
         for column in range(columns):
             image = PILImage.fromarray(np.ascontiguousarray(images[row * columns + column]))
-            left = LABEL_WIDTH + GAP + column * (CELL + GAP)
-            canvas.paste(image.resize((CELL, CELL), PILImage.Resampling.LANCZOS), (left, top))
-            draw.rectangle((left - 1, top - 1, left + CELL, top + CELL), outline="#dddddd")
+            left = LABEL_WIDTH + GAP + column * (cell_width + GAP)
+            canvas.paste(image.resize((cell_width, cell_height), PILImage.Resampling.LANCZOS), (left, top))
+            draw.rectangle((left - 1, top - 1, left + cell_width, top + cell_height), outline="#dddddd")
     return canvas
