@@ -1,0 +1,186 @@
+"""Pictures that are asked for one by one, each with its own size, steps and picture to begin with.
+
+Order: requests → groups that can share a batch → drawn group by group → handed back in the order they were asked for.
+
+Letters: y pixel row, x pixel column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+from ldm import storage
+from ldm.drawing import Draft, Drawing
+from ldm.text_to_image import TextToImage
+
+Picture = UInt8[np.ndarray, "y x 3"]
+Mask = Bool[np.ndarray, "y x"]
+MASKED_FROM = 128
+"""A mask's pixel of this grey or lighter is drawn anew."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Request:
+    """One picture.
+
+    Attributes:
+        prompt: what it shows.
+        negative_prompt: what guidance leads away from.
+        seed: of its noise.
+        guidance: scale; None is the model's own.
+        drawing: sampler, guidance's form, size and strength; None is the model's own.
+        picture: what it begins with; None for noise alone.
+        mask: where the picture is drawn anew; None for everywhere.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    guidance: float | None = None
+    drawing: Drawing | None = None
+    picture: Picture | None = None
+    mask: Mask | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.picture is None:
+            raise ValueError(f"the mask of {self.prompt!r} needs a picture that it lies over")
+        if self.mask is not None and self.picture is not None and self.mask.shape != self.picture.shape[:2]:
+            raise ValueError(
+                f"the mask of {self.prompt!r} has {_sides(self.mask)}, its picture {_sides(self.picture)}: "
+                "they must be equal"
+            )
+
+    def drawing_of(self, model: TextToImage) -> Drawing:
+        """Return how a model draws it, its size included."""
+        drawing = self.drawing or Drawing(sampler=model.card.sampler)
+        given = model.trained_size if self.picture is None else self.picture.shape[:2]
+        return replace(drawing, height=drawing.height or given[0], width=drawing.width or given[1])
+
+
+def draw(
+    model: TextToImage,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 16,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Picture]:
+    """Return one picture for each request, in their order.
+
+    Args:
+        model: what draws.
+        requests: what is drawn; those of one size, sampler and kind share batches.
+        batch_size: pictures that are sampled together at most.
+        on_done: called with the number of pictures that are done.
+
+    Raises:
+        ValueError: for no requests, or one that the model can't draw.
+    """
+    if not requests:
+        raise ValueError("there is nothing to draw")
+    groups: dict[tuple[Drawing, bool, bool], list[int]] = {}
+    for number, request in enumerate(requests):
+        kind = request.drawing_of(model), request.picture is not None, request.mask is not None
+        groups.setdefault(kind, []).append(number)
+    drawn: dict[int, Picture] = {}
+    for (drawing, _, _), numbers in groups.items():
+        for start in range(0, len(numbers), batch_size):
+            part = numbers[start : start + batch_size]
+            pictures = _drawn_together(model, [requests[number] for number in part], drawing)
+            drawn.update(zip(part, pictures, strict=True))
+            if on_done is not None:
+                on_done(len(drawn))
+    return [drawn[number] for number in range(len(requests))]
+
+
+def _drawn_together(model: TextToImage, requests: Sequence[Request], drawing: Drawing) -> list[Picture]:
+    pictures = [request.picture for request in requests if request.picture is not None]
+    masks = [request.mask for request in requests if request.mask is not None]
+    draft = Draft(pixels=np.stack(pictures), masks=np.stack(masks) if masks else None) if pictures else None
+    own = model.card.guidance
+    return list(
+        model.generate(
+            [request.prompt for request in requests],
+            seeds=[request.seed for request in requests],
+            guidance=[own if request.guidance is None else request.guidance for request in requests],
+            negative_prompts=[request.negative_prompt for request in requests],
+            drawing=drawing,
+            draft=draft,
+            batch_size=len(requests),
+        )
+    )
+
+
+def picture_from(given: Any) -> Picture:
+    """Return a picture of what names or holds one: an address, a file's bytes, a PIL image, an array.
+
+    Transparent pixels become white, as in a dataset.
+
+    Raises:
+        ValueError: if it is none of these, or no picture.
+    """
+    if isinstance(given, np.ndarray):
+        if given.dtype != np.uint8 or given.ndim != 3 or given.shape[-1] != 3:
+            raise ValueError(f"an array is a picture if it is uint8 of (rows, columns, 3), got {_described(given)}")
+        return given
+    image = ImageOps.exif_transpose(_opened(given))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def mask_from(given: Any) -> Mask:
+    """Return a mask of what names or holds one: a picture whose light pixels are drawn anew, or a bool array.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(given, np.ndarray):
+        if given.dtype != np.bool_ or given.ndim != 2:
+            raise ValueError(f"an array is a mask if it is bool of (rows, columns), got {_described(given)}")
+        return given
+    return np.asarray(_opened(given).convert("L")) >= MASKED_FROM
+
+
+def fitted(picture: Picture, size: tuple[int, int]) -> Picture:
+    """Return the centre of a picture at a number of rows and columns: resized until it covers them, then cut."""
+    height, width = size
+    return np.asarray(ImageOps.fit(PILImage.fromarray(picture), (width, height), PILImage.Resampling.LANCZOS))
+
+
+def fitted_mask(mask: Mask, size: tuple[int, int]) -> Mask:
+    """Return the mask that lies over `fitted` pictures as this one lies over the whole ones."""
+    height, width = size
+    grey = PILImage.fromarray(np.where(mask, 255, 0).astype(np.uint8))
+    return np.asarray(ImageOps.fit(grey, (width, height), PILImage.Resampling.NEAREST)) >= MASKED_FROM
+
+
+def _opened(given: Any) -> PILImage.Image:
+    if isinstance(given, PILImage.Image):
+        return given
+    if isinstance(given, str):
+        given = storage.read_bytes(given)
+    if not isinstance(given, bytes):
+        raise ValueError(f"a picture is an address, bytes, a PIL image or an array, got {type(given).__name__}")
+    try:
+        image = PILImage.open(BytesIO(given))
+        image.load()
+    except (OSError, PILImage.DecompressionBombError) as error:
+        raise ValueError(f"this is no picture that can be read: {error}") from error
+    return image
+
+
+def _sides(array: np.ndarray[Any, Any]) -> str:
+    return f"{array.shape[0]} x {array.shape[1]} px"
+
+
+def _described(array: np.ndarray[Any, Any]) -> str:
+    return f"{array.dtype} of {array.shape}"

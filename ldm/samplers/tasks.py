@@ -1,0 +1,112 @@
+"""What sampling can begin with and must keep: image-to-image, inpainting with any model, blends of two noises.
+
+    image-to-image   z_t = alpha_t z_0 + sigma_t eps at a time amid the grid, and on from there (Meng et al. 2022)
+    inpainting       D'(z, t) = mask D(z, t) + (1 - mask) z_0: what is known is known at every step
+
+Letters: b batch, c latent channel, h row, w column, k number of steps + 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ldm.diffusion.process import corrupt
+from ldm.diffusion.schedule import Schedule
+from ldm.samplers.grids import time_grid
+from ldm.samplers.sample import Denoiser, DrawNoise, OnStep, SamplerConfig, follow
+from ldm.types import Latent
+
+LatentMask = Bool[Tensor, "b 1 h w"]
+"""True where a latent is drawn anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What sampling begins with.
+
+    Attributes:
+        clean: scaled latents of the pictures, shape (b, c, h, w).
+        mask: where they are drawn anew; None for everywhere.
+    """
+
+    clean: Latent
+    mask: LatentMask | None = None
+
+
+def sample_from(
+    denoise: Denoiser,
+    start: Start,
+    noise: Latent,
+    schedule: Schedule,
+    config: SamplerConfig,
+    strength: float,
+    draw_noise: DrawNoise,
+    on_step: OnStep | None = None,
+) -> Latent:
+    """Return clean latents that go on from given ones.
+
+    Args:
+        denoise: the denoiser, guidance included.
+        start: what is given.
+        noise: standard normal, shape (b, c, h, w).
+        schedule: the schedule the network was trained with.
+        config: stepper, number of steps and grid of a whole path.
+        strength: share of the path's steps that are made, the last ones, in (0, 1]; all of them begin with noise alone.
+        draw_noise: noise of each step.
+        on_step: called after each step.
+    """
+    times = last_part(time_grid(config.grid, schedule, config.num_steps), strength)
+    if strength < 1:
+        noise = corrupt(start.clean, noise, schedule.scales_at(float(times[0])))
+    if start.mask is not None:
+        denoise = keeping_denoiser(denoise, start.clean, start.mask)
+    return follow(denoise, noise, schedule, times, config, draw_noise, on_step)
+
+
+def last_part(times: Float[Tensor, " k"], strength: float) -> Float[Tensor, " k"]:
+    """Return the end of a time grid that makes this share of its steps, and one at least.
+
+    Raises:
+        ValueError: if the share is not in (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must lie in (0, 1], got {strength}")
+    num_steps = len(times) - 1
+    return times[num_steps - max(1, round(strength * num_steps)) :]
+
+
+def keeping_denoiser(denoise: Denoiser, known: Latent, mask: LatentMask) -> Denoiser:
+    """Return the denoiser that knows the clean latent where the mask is False, and asks the other where it is True."""
+
+    def keep(noisy: Latent, timestep: Float[Tensor, " b"]) -> Latent:
+        return torch.where(mask, denoise(noisy, timestep), known)
+
+    return keep
+
+
+def latent_mask(pixels: Bool[Tensor, "b y x"], factor: int) -> LatentMask:
+    """Return the mask of the latents of which at least one pixel is drawn anew."""
+    return torch.nn.functional.max_pool2d(pixels[:, None].float(), factor) > 0
+
+
+def slerp(one: Latent, other: Latent, share: float) -> Latent:
+    """Return the noise at a share of the way from one to another, along the sphere they lie on, row by row.
+
+    Between independent standard normal latents every such blend is one again in its length; a straight line's middle is
+    shorter by a factor of sqrt(2), where no training has been (White 2016, "Sampling generative networks").
+    """
+    flat = [latent.flatten(1).double() for latent in (one, other)]
+    lengths = [latent.norm(dim=1) for latent in flat]
+    cosine = (flat[0] * flat[1]).sum(dim=1) / (lengths[0] * lengths[1])
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    is_straight = angle.sin().abs() < 1e-6
+    bent = [torch.sin(part * angle) / angle.sin() for part in (1 - share, share)]
+    weights = [
+        torch.where(is_straight, straight, part).to(one.dtype).reshape(-1, 1, 1, 1)
+        for straight, part in zip((1 - share, share), bent, strict=True)
+    ]
+    return weights[0] * one + weights[1] * other
