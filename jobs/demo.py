@@ -67,7 +67,7 @@ def _report(console: Console, home: str, jobs: Sequence[Stage], seconds: Sequenc
     table.add_row("all", "", f"{sum(seconds):.0f}", "")
     console.print(table)
     run = run_of((config := train_ldm(home)).record)
-    print(f"picture  {sample(home).picture_path()}")
+    print(f"picture  {sample(home).picture_paths()[0]}")
     print(f"MLflow   {sys.prefix}/bin/mlflow ui --backend-store-uri {config.tracking.uri} --port 5000")
     print(f"         then open http://127.0.0.1:5000/#/experiments/{run['experiment_id']}/runs/{run['run_id']}")
 

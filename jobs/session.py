@@ -320,4 +320,7 @@ def _time_spent(metrics: dict[str, float]) -> str:
 
 def _short(metrics: dict[str, float]) -> str:
     shown = {"loss": "loss", "validation_loss": "val", "validation_psnr_db": "PSNR"}
-    return "  ".join(f"{label} {metrics[name]:.3f}" for name, label in shown.items() if name in metrics)
+    parts = [f"{label} {metrics[name]:.3f}" for name, label in shown.items() if name in metrics]
+    if "steps_per_second" in metrics:
+        parts.append(f"{rate_in_words(metrics['steps_per_second'])} steps/s")
+    return "  ".join(parts)

@@ -264,7 +264,7 @@ def test_what_a_person_sees_names_results_and_verdicts(unbroken: tuple[Path, dic
     assert f"picture   {picture}" in printed["sample"]
     assert not [job for job, output in printed.items() if "Traceback" in output]
     with Image.open(picture) as image:
-        assert json.loads(image.text["settings"])["request"]["prompts"] == ["heart", "star"]
+        assert json.loads(image.text["settings"])["prompts"] == ["heart", "star"]
 
 
 def test_the_run_in_mlflow_holds_configuration_curves_pictures_data_and_a_model(

@@ -200,7 +200,7 @@ def test_every_average_is_a_model_to_draw_with_and_what_a_kill_left_out_is_made_
         guidance=(2.0,),
         sampler=SamplerConfig(num_steps=2),
     )
-    assert Path(sample_worker(grid, alone(), ignore, lambda: False)["picture"]).is_file()
+    assert Path(sample_worker(grid, alone(), ignore, lambda: False)["pictures"][0]).is_file()
     whole = {path: path.read_bytes() for place in (main, further) for path in place.rglob("*") if path.is_file()}
     assert len(whole) == 2 * 5
     for killed_in in (main, further):

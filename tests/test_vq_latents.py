@@ -13,6 +13,7 @@ import torch
 
 from jobs.wiring.train_ldm import check_inputs
 from ldm.autoencoder.regularizer import LatentKind
+from ldm.drawing import Drawing
 from ldm.evaluation.scores import psnr
 from ldm.text_to_image import load_card, load_text_to_image
 from pipeline.images import decode_pixels, image_of_pixels
@@ -143,7 +144,7 @@ def test_training_on_vq_latents_ends_in_a_model_that_draws(made: Path) -> None:
     assert card.space == latent_space(load_manifest(config.latents))
     assert json.loads((Path(config.model_folder) / "vae" / "config.json").read_text())["_class_name"] == "VQModel"
     model = load_text_to_image(config.model_folder, torch.device("cpu"))
-    pixels = model.generate(["a red square"], seeds=[1], sampler=replace(card.sampler, num_steps=2))
+    pixels = model.generate(["a red square"], seeds=[1], drawing=Drawing(sampler=replace(card.sampler, num_steps=2)))
     assert pixels.shape == (1, 16, 16, 3)
 
 

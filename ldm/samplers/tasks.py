@@ -3,7 +3,7 @@
     image-to-image   z_t = alpha_t z_0 + sigma_t eps at a time amid the grid, and on from there (Meng et al. 2022)
     inpainting       D'(z, t) = mask D(z, t) + (1 - mask) z_0: what is known is known at every step
 
-Letters: b batch, c latent channel, h row, w column, k number of steps + 1.
+Letters: b batch, c latent channel, h row, w column, k number of steps + 1, j number of those that are made + 1.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def sample_from(
     return follow(denoise, noise, schedule, times, config, draw_noise, on_step)
 
 
-def last_part(times: Float[Tensor, " k"], strength: float) -> Float[Tensor, " k"]:
+def last_part(times: Float[Tensor, " k"], strength: float) -> Float[Tensor, " j"]:
     """Return the end of a time grid that makes this share of its steps, and one at least.
 
     Raises:
