@@ -1,0 +1,166 @@
+"""A trained text-to-image model as a folder that diffusers' `StableDiffusionPipeline.from_pretrained` loads.
+
+    folder/   model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/
+
+Those pipelines know one number between raw and scaled latents, ours are a mean and a standard deviation for each
+channel. Both are linear, and so are the 1x1 convolutions on either side of the raw latents: the numbers go into them.
+
+    decode  post_quant_conv(std z + mean)        encode  (mean(x) - mean) / std, log var(x) - 2 log std
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import torch
+
+from ldm import storage
+from ldm.autoencoder.model import Autoencoder
+from ldm.autoencoder.regularizer import LatentKind
+from ldm.conditioning.conditioner import TextUse
+from ldm.conditioning.text import TextEncoderKind, encoder_folder
+from ldm.conditioning.text_files import CONFIG_FILE, TOKENIZER_FILES, weight_files
+from ldm.diffusion.process import Prediction
+from ldm.diffusion.schedule import ScheduleConfig, ScheduleKind, betas
+from ldm.interop.diffusers import CONFIG_NAME, load_autoencoder, save_autoencoder
+from ldm.latents import LatentSpace
+from ldm.samplers.grids import Grid
+from ldm.text_to_image import AUTOENCODER_FOLDER, ModelCard, load_card
+
+INDEX_FILE = "model_index.json"
+PREDICTIONS = {
+    Prediction.NOISE: "epsilon",
+    Prediction.CLEAN: "sample",
+    Prediction.VELOCITY: "v_prediction",
+}
+SPACINGS = {Grid.TRAILING: "trailing", Grid.LEADING: "leading", Grid.LINSPACE: "linspace"}
+SCHEDULES = {ScheduleKind.SCALED_LINEAR: "scaled_linear", ScheduleKind.LINEAR: "linear"}
+UNET = "unet"
+
+
+def check_exportable(card: ModelCard) -> None:
+    """Refuse a model that no such pipeline can be.
+
+    Raises:
+        ValueError: naming what it is told, made of or trained with that those pipelines do not know.
+    """
+    lacks = {
+        "its text encoder is not CLIP's text tower": card.text.kind is not TextEncoderKind.CLIP,
+        "it is told more than a frozen text encoder's states": not (
+            card.conditioning.is_text_only and card.conditioning.text is TextUse.FROZEN
+        ),
+        "its latents are a codebook's": card.latent_kind is not LatentKind.KL_MOMENTS,
+        f"its schedule is {card.schedule.kind.value}": card.schedule.kind in (ScheduleKind.EDM, ScheduleKind.FLOW),
+        f"it predicts {card.prediction.value}": card.prediction not in PREDICTIONS,
+        f"its text encoder is read at layer {card.text.read_layer}": card.text.read_layer != -1,
+    }
+    if found := [reason for reason, holds in lacks.items() if holds]:
+        raise ValueError(f"StableDiffusionPipeline can't be this model: {'; '.join(found)}")
+
+
+def export_pipeline(model: str, target: str) -> None:
+    """Write the pipeline's folder; what lies there under the same names is replaced.
+
+    Args:
+        model: folder or URL of a finished model.
+        target: folder or URL to write to.
+
+    Raises:
+        ValueError: if no such pipeline can be the model; see `check_exportable`.
+    """
+    card = load_card(model)
+    check_exportable(card)
+    storage.remove_file(storage.join(target, INDEX_FILE))  # it makes the folder whole, and comes back last
+    _copy_unet(model, target, card)
+    vae = storage.join(target, AUTOENCODER_FOLDER)
+    autoencoder = folded(load_autoencoder(storage.join(model, AUTOENCODER_FOLDER)), card.space)
+    save_autoencoder(autoencoder, vae)
+    sides = [side * autoencoder.config.factor for side in card.latent_size]
+    _add_facts(vae, {"scaling_factor": 1.0, "sample_size": max(sides)})
+    _copy_text(card, target)
+    scheduler = {"_class_name": "DDIMScheduler", **scheduler_facts(card)}
+    storage.write_text(storage.join(target, "scheduler", "scheduler_config.json"), json.dumps(scheduler, indent=2))
+    storage.write_text(storage.join(target, INDEX_FILE), json.dumps(_index(), indent=2))
+
+
+def folded(autoencoder: Autoencoder, space: LatentSpace) -> Autoencoder:
+    """Return an autoencoder whose raw latents are another's scaled ones."""
+    made = copy.deepcopy(autoencoder)
+    mean, std = (torch.tensor(numbers, dtype=torch.float64) for numbers in (space.mean, space.std))
+    into, out = made.post_quant_conv, made.quant_conv
+    assert into.bias is not None
+    assert out.bias is not None
+    with torch.no_grad():
+        weight = into.weight.double()
+        into.bias.copy_(into.bias.double() + torch.einsum("oiyx,i->o", weight, mean))
+        into.weight.copy_(weight * std[None, :, None, None])
+        scale = torch.cat([std, torch.ones_like(std)])
+        shift = torch.cat([mean / std, 2 * std.log()])
+        out.weight.copy_(out.weight.double() / scale[:, None, None, None])
+        out.bias.copy_(out.bias.double() / scale - shift)
+    return made
+
+
+def scheduler_facts(card: ModelCard) -> dict[str, Any]:
+    """Return what any scheduler of diffusers must know of the training, and how its steps are spread."""
+    schedule = card.schedule
+    return {
+        **_betas(schedule),
+        "num_train_timesteps": schedule.num_timesteps,
+        "rescale_betas_zero_snr": schedule.has_zero_terminal_snr,
+        "prediction_type": PREDICTIONS[card.prediction],
+        "timestep_spacing": SPACINGS.get(card.sampler.grid, "trailing"),
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "clip_sample": False,
+    }
+
+
+def _betas(schedule: ScheduleConfig) -> dict[str, Any]:
+    named = SCHEDULES.get(schedule.kind)
+    if named is None:
+        return {"trained_betas": betas(schedule).tolist()}
+    return {"beta_schedule": named, "beta_start": schedule.start, "beta_end": schedule.end}
+
+
+def _copy_unet(model: str, target: str, card: ModelCard) -> None:
+    place = storage.join(target, UNET)
+    for name in storage.list_files(storage.join(model, UNET)):
+        storage.copy_file(storage.join(model, UNET, name), storage.join(place, name))
+    _add_facts(place, {"sample_size": list(card.latent_size)})
+
+
+def _copy_text(card: ModelCard, target: str) -> None:
+    source = encoder_folder(card.text)
+    weights = weight_files(source)
+    if pickles := [path.name for path in weights if path.suffix != ".safetensors"]:
+        raise ValueError(f"{source} holds pickles, {', '.join(pickles)}: save it with safetensors first")
+    for path in (source / CONFIG_FILE, *weights):
+        storage.copy_file(str(path), storage.join(target, "text_encoder", path.name))
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            storage.copy_file(str(source / name), storage.join(target, "tokenizer", name))
+    _add_facts(storage.join(target, "tokenizer"), {"model_max_length": card.text.max_tokens}, "tokenizer_config.json")
+
+
+def _add_facts(folder: str, facts: dict[str, Any], name: str = CONFIG_NAME) -> None:
+    path = storage.join(folder, name)
+    known = json.loads(storage.read_text(path)) if storage.exists(path) else {}
+    storage.write_text(path, json.dumps({**known, **facts}, indent=2, sort_keys=True) + "\n")
+
+
+def _index() -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+    }
