@@ -35,7 +35,8 @@ PREDICTIONS = {
     Prediction.CLEAN: "sample",
     Prediction.VELOCITY: "v_prediction",
 }
-SPACINGS = {Grid.TRAILING: "trailing", Grid.LEADING: "leading", Grid.LINSPACE: "linspace"}
+SPACINGS = {Grid.TRAILING: "trailing", Grid.LINSPACE: "linspace"}
+"""Other grids become trailing: those pipelines begin leading ones at timestep 1 whatever their scheduler says."""
 SCHEDULES = {ScheduleKind.SCALED_LINEAR: "scaled_linear", ScheduleKind.LINEAR: "linear"}
 UNET = "unet"
 
@@ -104,7 +105,11 @@ def folded(autoencoder: Autoencoder, space: LatentSpace) -> Autoencoder:
 
 
 def scheduler_facts(card: ModelCard) -> dict[str, Any]:
-    """Return what any scheduler of diffusers must know of the training, and how its steps are spread."""
+    """Return what any scheduler of diffusers must know of the training, and how its steps are spread.
+
+    Its DDIM takes our very steps where their number divides that of the timesteps; else it steps to times beside those
+    at which it calls the network next.
+    """
     schedule = card.schedule
     return {
         **_betas(schedule),
@@ -129,7 +134,8 @@ def _copy_unet(model: str, target: str, card: ModelCard) -> None:
     place = storage.join(target, UNET)
     for name in storage.list_files(storage.join(model, UNET)):
         storage.copy_file(storage.join(model, UNET, name), storage.join(place, name))
-    _add_facts(place, {"sample_size": list(card.latent_size)})
+    rows, columns = card.latent_size
+    _add_facts(place, {"sample_size": rows if rows == columns else [rows, columns]})
 
 
 def _copy_text(card: ModelCard, target: str) -> None:
