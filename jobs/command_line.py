@@ -28,7 +28,7 @@ import tyro
 import yaml
 
 from jobs.session import SUBMITTED_JOB
-from jobs.wiring.picture_settings import is_png, settings_in
+from jobs.wiring.picture_settings import is_png, is_png_name, repeated_here, settings_in
 from jobs.wiring.repeating import repeated
 from ldm import storage
 from ldm.config import Config
@@ -69,8 +69,8 @@ class _Line(Generic[ConfigT]):
     home: str
     """Folder or URL that the recipe puts everything under."""
     saved_config: Annotated[str | None, tyro.conf.arg(name="config", aliases=("--repeat",), metavar="FILE")]
-    """YAML file of a whole config, as saved with every run, or a picture with its settings in it, in place of a
-    recipe; flags still override its fields."""
+    """YAML file of a whole config, as saved with every run, in place of a recipe; or a picture, whose settings take the
+    place of all but folders and machines. Flags still override fields."""
     from_run: Annotated[str | None, tyro.conf.arg(metavar="RUN_ID")]
     """Run at MLflow (--tracking.uri) whose whole config is taken, in folders of its own; flags still override."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -130,12 +130,12 @@ def _parse(job: str, recipes: Mapping[str, Callable[[str], ConfigT]], argv: list
 
 def _start(recipe: ConfigT, given: argparse.Namespace) -> tuple[ConfigT, RunPage | None]:
     """Return the config that flags override, and the page of the run that it is taken from."""
-    if given.config and given.home:
+    if given.config and given.home and not is_png_name(given.config):
         raise ValueError("--home is for a recipe; the paths of a saved --config stand in the file: give one of the two")
     if given.from_run and (given.config or given.home):
         raise ValueError("--from-run brings its own config and paths: give it without --config and --home")
     if given.config:
-        return _load(type(recipe), given.config), None
+        return _load(recipe, given.config), None
     return repeated(recipe, given.from_run, given.tracking_uri or "") if given.from_run else (recipe, None)
 
 
@@ -168,11 +168,12 @@ def _common_options(argv: list[str]) -> argparse.Namespace:
     return parser.parse_known_args(argv)[0]
 
 
-def _load(expected: type[ConfigT], path: str) -> ConfigT:
+def _load(recipe: ConfigT, path: str) -> ConfigT:
     try:
         content = storage.read_bytes(path)
-        # A picture's settings are JSON, which is YAML.
-        return expected.from_yaml(settings_in(content) if is_png(content) else content.decode())
+        if is_png(content):
+            return repeated_here(recipe, settings_in(content))
+        return type(recipe).from_yaml(content.decode())
     except OSError as error:
         raise ValueError(f"there is no config file {path}") from error
     except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is one

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from jobs.command_line import report_errors
+from jobs.command_line import placed, report_errors
 from jobs.session import prepare
 from ldm import storage
 from ldm.interop.pipeline_folder import export_pipeline
@@ -29,8 +29,9 @@ def _export(model: Annotated[str, tyro.conf.Positional], target: Annotated[str, 
         model: folder or URL of a finished model, as `train_ldm` leaves it.
         target: folder or URL to write to.
     """
+    target = placed(target)
     storage.check_writable(target)
-    export_pipeline(model, target)
+    export_pipeline(placed(model), target)
     print(f"pipeline  {target}: diffusers.StableDiffusionPipeline.from_pretrained reads it")
 
 

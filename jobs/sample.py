@@ -23,7 +23,8 @@ from ldm import storage
 def main() -> None:
     """Draw the pictures, unless these very ones are there."""
     prepare()
-    config, dry_run = (asked := from_command_line("sample", SAMPLE)).config, asked.dry_run
+    asked = from_command_line("sample", SAMPLE)
+    config, dry_run = asked.config.identified(), asked.dry_run
     paths = config.picture_paths()
     is_there = all(map(storage.exists, paths))
     if dry_run:

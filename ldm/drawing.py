@@ -5,20 +5,26 @@ Letters: n number of pictures, y pixel row, x pixel column.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
+from ldm.conditioning.conditioner import ConditioningConfig
 from ldm.config import Config, added_later
 from ldm.samplers.guidance import PLAIN, GuidanceForm
 from ldm.samplers.sample import SamplerConfig
+from ldm.samplers.tasks import num_steps_of
 from ldm.types import Image
 
 Pixels = UInt8[np.ndarray, "n y x 3"]
 PixelMasks = Bool[np.ndarray, "n y x"]
+SemanticMaps = Int[np.ndarray, "n y x"]
+Box = tuple[int, float, float, float, float]
+NO_BOX = (-1.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +47,7 @@ class Drawing(Config):
     @property
     def num_steps(self) -> int:
         """Steps that are made."""
-        return max(1, round(self.strength * self.sampler.num_steps))
+        return num_steps_of(self.sampler.num_steps, self.strength)
 
     def __post_init__(self) -> None:
         if min(self.height, self.width) < 0:
@@ -50,60 +56,121 @@ class Drawing(Config):
             raise ValueError(f"strength must lie in (0, 1], got {self.strength}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Draft:
-    """Pictures to begin with, one for each prompt.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Given:
+    """What is given of n pictures beside their words; None is nothing.
 
     Attributes:
-        pixels: the pictures, uint8.
-        masks: True where a picture is drawn anew; what is False comes back untouched. None draws all of it anew.
+        pixels: pictures to begin with, or to draw anew in part.
+        masks: True where a picture is drawn anew; what is False comes back untouched. Needs pixels.
+        classes: number of each picture's class; negative for none.
+        layouts: boxes of each picture, (class, left, top, right, bottom), sides in shares of its own.
+        maps: class of each pixel, negative for none, at the size that is drawn.
+        small: pictures of which larger ones are drawn.
     """
 
-    pixels: Pixels
+    pixels: Pixels | None = None
     masks: PixelMasks | None = None
+    classes: tuple[int, ...] | None = None
+    layouts: tuple[tuple[Box, ...], ...] | None = None
+    maps: SemanticMaps | None = None
+    small: Pixels | None = None
 
     def __post_init__(self) -> None:
-        if self.masks is not None and self.masks.shape != self.pixels.shape[:3]:
+        if len(set(self.counts().values())) > 1:
+            raise ValueError(f"as many are needed of each: got {_listed(self.counts())}")
+        if self.masks is None:
+            return
+        if self.pixels is None:
+            raise ValueError("masks need the pictures that they lie over")
+        if self.masks.shape != self.pixels.shape[:3]:
             raise ValueError(
                 f"masks of shape {self.masks.shape} do not lie over pictures of shape {self.pixels.shape[:3]}: "
                 "(number, rows, columns) must be equal"
             )
-        if self.masks is not None and not self.masks.any(axis=(1, 2)).all():
+        if not self.masks.any(axis=(1, 2)).all():
             raise ValueError("a mask has no pixel that is to be drawn anew")
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.pixels.shape[1], self.pixels.shape[2]
+    def counts(self) -> dict[str, int]:
+        """Return how many there are of what is given."""
+        there = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: len(found) for name, found in there.items() if found is not None}
 
-    def rows(self, start: int, stop: int) -> Draft:
-        """Return pictures [start, stop)."""
-        masks = None if self.masks is None else self.masks[start:stop]
-        return Draft(pixels=self.pixels[start:stop], masks=masks)
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Rows and columns of what is given at the size that is drawn, if anything is."""
+        whole = self.pixels if self.pixels is not None else self.maps
+        return None if whole is None else (whole.shape[1], whole.shape[2])
+
+    def rows(self, start: int, stop: int) -> Given:
+        """Return what is given of pictures [start, stop)."""
+        there = {name: getattr(self, name)[start:stop] for name in self.counts()}
+        return Given(**there)
 
     def kept_in(self, drawn: Pixels) -> Pixels:
-        """Return drawn pictures with this draft's own pixels where they are kept."""
-        if self.masks is None:
+        """Return drawn pictures with their own pixels where they are kept."""
+        if self.masks is None or self.pixels is None:
             return drawn
         return np.where(self.masks[..., None], drawn, self.pixels)
 
+    def columns(self, count: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return it as columns of a latent cache, of so many pictures of (rows, columns), each its own original."""
+        height, width = (float(side) for side in size)
+        found = {
+            "size": torch.tensor([[height, width]] * count),
+            "crop": torch.tensor([[0.0, 0.0, height, width]] * count),
+        }
+        if self.classes is not None:
+            found["class_id"] = torch.tensor(self.classes)
+        if self.layouts is not None:
+            longest = max(1, max(map(len, self.layouts)))
+            filled = [[*layout, *[NO_BOX] * (longest - len(layout))] for layout in self.layouts]
+            found["boxes"] = torch.tensor(filled, dtype=torch.float32)
+        if self.maps is not None:
+            found["semantic_map"] = torch.from_numpy(self.maps).long()
+        if self.small is not None:
+            found["low_res"] = images_of(self.small, torch.device("cpu"))
+        return found
 
-def checked_size(drawing: Drawing, draft: Draft | None, trained: tuple[int, int], multiple: int) -> tuple[int, int]:
+
+def check_told(config: ConditioningConfig, given: Given) -> None:
+    """Refuse what a model can't be told, and what it must be told and is not.
+
+    Raises:
+        ValueError: naming the parts of `Given`.
+    """
+    needed = {
+        "classes": config.num_classes > 0,
+        "layouts": config.has_layout,
+        "maps": config.map_classes > 0,
+        "small": config.has_low_res,
+        "masks": config.has_masked_image,
+    }
+    there = given.counts()
+    if lacking := [name for name, is_needed in needed.items() if is_needed and name not in there]:
+        raise ValueError(f"this model is told {' and '.join(lacking)}, which must be given with every picture")
+    if idle := [name for name in ("classes", "layouts", "maps", "small") if name in there and not needed[name]]:
+        raise ValueError(f"this model is not told {' or '.join(idle)}: it was trained without")
+
+
+def checked_size(drawing: Drawing, given: Given, trained: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Return the rows and columns that are drawn.
 
     Args:
         drawing: what is asked for.
-        draft: pictures to begin with, which have their own.
+        given: pictures or maps, which have their own.
         trained: those of the training.
         multiple: what they must be multiples of.
 
     Raises:
         ValueError: if they are none, naming the nearest that are, or not those of the pictures.
     """
-    given = draft.size if draft else trained
-    size = drawing.height or given[0], drawing.width or given[1]
-    if draft and size != draft.size:
-        raise ValueError(f"pictures of {_said(draft.size)} can't begin a drawing of {_said(size)}: resize them first")
+    own = given.size or trained
+    size = drawing.height or own[0], drawing.width or own[1]
+    if given.size and size != given.size:
+        raise ValueError(
+            f"pictures or maps of {_said(given.size)} do not go with a drawing of {_said(size)}: resize them"
+        )
     if any(side % multiple or side < multiple for side in size):
         nearest = [max(multiple, round(side / multiple) * multiple) for side in size]
         raise ValueError(
@@ -128,3 +195,7 @@ def images_of(pixels: Pixels, device: torch.device) -> Image:
 
 def _said(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]} px"
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())

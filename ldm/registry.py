@@ -6,6 +6,7 @@ what it was made of, so that model, latents, dataset, code and evaluation can be
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -29,7 +30,7 @@ from mlflow.types import DataType, ParamSchema, ParamSpec
 
 from ldm import storage
 from ldm.drawing import Drawing
-from ldm.requests import Request, draw, mask_from, picture_from
+from ldm.requests import Request, draw, layout_from, map_from, mask_from, picture_from
 from ldm.text_to_image import (
     AUTOENCODER_FOLDER,
     ModelCard,
@@ -43,7 +44,7 @@ from ldm.text_to_image import (
 POINTER = "pointer"
 CHAMPION = "champion"
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
-REQUIREMENTS = ["torch", "transformers", "safetensors", "jaxtyping", "fsspec", "pyyaml", "pandas"]
+REQUIREMENTS = ["torch", "transformers", "safetensors", "jaxtyping", "fsspec", "pyyaml", "pandas", "pillow"]
 
 
 class RegistryError(OSError):
@@ -100,10 +101,13 @@ class RegisteredTextToImage(PythonModel):
 
         Args:
             context: not looked at; the model was loaded from it.
-            model_input: a prompt, a list of them, or a DataFrame with the column `prompt` and, where wanted:
-                `negative_prompt`, `seed`, `guidance`, `steps`, `height` and `width` (pixels), `init_image` (address,
-                PNG or JPEG bytes, PIL image or uint8 array), `mask` (the same; its light pixels are drawn anew) and
-                `strength`. What a cell leaves empty has its default.
+            model_input: a prompt, a list of them, or a DataFrame (or the same as a dict of columns or a list of dicts)
+                with the column `prompt` and, where wanted: `negative_prompt`, `seed`, `guidance`, `steps`, `height` and
+                `width` (pixels), `init_image` (bytes of a PNG or JPEG, or base64 of them, a PIL image or uint8 array),
+                `mask` (the same; its light pixels are drawn anew) and `strength`; for models that are told them
+                `class_id`, `layout` (a list of class, left, top, right, bottom in shares of the picture),
+                `semantic_map` (an integer array of the picture's size, or a picture of which a pixel's grey is its
+                class, 255 none) and `small` (a picture). What a cell leaves empty has its default.
             params: seed of the first image (the next ones count on), guidance and num_steps for rows that say nothing.
 
         Raises:
@@ -125,6 +129,10 @@ COLUMNS = (
     "init_image",
     "mask",
     "strength",
+    "class_id",
+    "layout",
+    "semantic_map",
+    "small",
 )
 
 
@@ -151,9 +159,12 @@ def params_of_row(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rows(model_input: Any) -> list[dict[str, Any]]:
     """Return the cells of each row that are not empty."""
+    if isinstance(model_input, str):
+        model_input = [model_input]
+    if isinstance(model_input, Mapping) or (len(model_input) and all(isinstance(row, Mapping) for row in model_input)):
+        model_input = pd.DataFrame(model_input)
     if not isinstance(model_input, pd.DataFrame):
-        prompts = [model_input] if isinstance(model_input, str) else model_input
-        return [{"prompt": str(prompt)} for prompt in prompts]
+        return [{"prompt": prompt} for prompt in model_input]
     table = model_input
     if table.shape[1] == 1 and "prompt" not in table:
         table = table.set_axis(["prompt"], axis=1)
@@ -161,16 +172,37 @@ def _rows(model_input: Any) -> list[dict[str, Any]]:
         raise ValueError(f"the table needs a column 'prompt', it has {list(table.columns)}")
     if unknown := [str(column) for column in table.columns if column not in COLUMNS]:
         raise ValueError(f"the table has the unknown columns {unknown}; known are {', '.join(COLUMNS)}")
-    return [{name: value for name, value in row.items() if not _is_empty(value)} for row in table.to_dict("records")]
+    return [
+        {name: value for name, value in row.items() if name == "prompt" or not _is_empty(value)}
+        for row in table.to_dict("records")
+    ]
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value))
+
+
+def _picture_in(cell: Any) -> Any:
+    """Return what a cell holds: of text the bytes that it encodes, for an address would be opened with our rights.
+
+    Raises:
+        ValueError: if it is text of another kind.
+    """
+    if not isinstance(cell, str):
+        return cell
+    try:
+        return base64.b64decode(cell.rpartition("base64,")[2], validate=True)
+    except ValueError as error:
+        raise ValueError(
+            f"a picture in a table is base64 of a PNG's or JPEG's bytes, no address: got {cell[:40]!r}"
+        ) from error
 
 
 def _request(row: Mapping[str, Any], card: ModelCard) -> Request:
-    picture = picture_from(row["init_image"]) if "init_image" in row else None
-    sampler = replace(card.sampler, num_steps=int(row.get("steps") or card.sampler.num_steps))
+    if not isinstance(row["prompt"], str):
+        raise ValueError(f"a prompt is text, got {row['prompt']!r}")
+    picture = picture_from(_picture_in(row["init_image"])) if "init_image" in row else None
+    sampler = replace(card.sampler, num_steps=int(row.get("steps", card.sampler.num_steps)))
     drawing = Drawing(
         sampler=sampler,
         height=int(row.get("height", 0)),
@@ -178,13 +210,17 @@ def _request(row: Mapping[str, Any], card: ModelCard) -> Request:
         strength=float(row.get("strength", 1.0)),
     )
     return Request(
-        prompt=str(row["prompt"]),
+        prompt=row["prompt"],
         negative_prompt=str(row.get("negative_prompt", "")),
         seed=int(row["seed"]),
         guidance=float(row.get("guidance", card.guidance)),
         drawing=drawing,
         picture=picture,
-        mask=mask_from(row["mask"]) if "mask" in row else None,
+        mask=mask_from(_picture_in(row["mask"])) if "mask" in row else None,
+        class_id=int(row["class_id"]) if "class_id" in row else None,
+        layout=layout_from(row["layout"]) if "layout" in row else None,
+        semantic_map=map_from(_picture_in(row["semantic_map"])) if "semantic_map" in row else None,
+        small=picture_from(_picture_in(row["small"])) if "small" in row else None,
     )
 
 

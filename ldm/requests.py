@@ -13,16 +13,21 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int, UInt8
 from PIL import Image as PILImage
 from PIL import ImageOps
 
 from ldm import storage
-from ldm.drawing import Draft, Drawing
+from ldm.drawing import Box, Drawing, Given
 from ldm.text_to_image import TextToImage
 
 Picture = UInt8[np.ndarray, "y x 3"]
 Mask = Bool[np.ndarray, "y x"]
+SemanticMap = Int[np.ndarray, "y x"]
+NO_CLASS_PIXEL = 255
+"""Of a picture of classes, as in a dataset."""
+LISTED = ("classes", "layouts")
+"""Parts of `Given` that are no arrays."""
 MASKED_FROM = 128
 """A mask's pixel of this grey or lighter is drawn anew."""
 
@@ -39,6 +44,10 @@ class Request:
         drawing: sampler, guidance's form, size and strength; None is the model's own.
         picture: what it begins with; None for noise alone.
         mask: where the picture is drawn anew; None for everywhere.
+        class_id: number of its class, for a model that is told one.
+        layout: its boxes, (class, left, top, right, bottom), sides in shares of the picture.
+        semantic_map: class of each pixel, negative for none, at the size that is drawn.
+        small: the picture of which a larger one is drawn.
     """
 
     prompt: str
@@ -48,6 +57,10 @@ class Request:
     drawing: Drawing | None = None
     picture: Picture | None = None
     mask: Mask | None = None
+    class_id: int | None = None
+    layout: tuple[Box, ...] | None = None
+    semantic_map: SemanticMap | None = None
+    small: Picture | None = None
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.picture is None:
@@ -61,8 +74,25 @@ class Request:
     def drawing_of(self, model: TextToImage) -> Drawing:
         """Return how a model draws it, its size included."""
         drawing = self.drawing or Drawing(sampler=model.card.sampler)
-        given = model.trained_size if self.picture is None else self.picture.shape[:2]
-        return replace(drawing, height=drawing.height or given[0], width=drawing.width or given[1])
+        whole = self.picture if self.picture is not None else self.semantic_map
+        own = model.trained_size if whole is None else (whole.shape[0], whole.shape[1])
+        return replace(drawing, height=drawing.height or own[0], width=drawing.width or own[1])
+
+    def given(self) -> dict[str, Any]:
+        """Return what is given beside words, by its part of `Given`."""
+        parts = {
+            "pixels": self.picture,
+            "masks": self.mask,
+            "classes": self.class_id,
+            "layouts": self.layout,
+            "maps": self.semantic_map,
+            "small": self.small,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def kind(self) -> tuple[object, ...]:
+        """Return what requests of one batch have in common, beside how they are drawn."""
+        return (*sorted(self.given()), None if self.small is None else self.small.shape)
 
 
 def draw(
@@ -85,12 +115,11 @@ def draw(
     """
     if not requests:
         raise ValueError("there is nothing to draw")
-    groups: dict[tuple[Drawing, bool, bool], list[int]] = {}
+    groups: dict[tuple[Drawing, tuple[object, ...]], list[int]] = {}
     for number, request in enumerate(requests):
-        kind = request.drawing_of(model), request.picture is not None, request.mask is not None
-        groups.setdefault(kind, []).append(number)
+        groups.setdefault((request.drawing_of(model), request.kind()), []).append(number)
     drawn: dict[int, Picture] = {}
-    for (drawing, _, _), numbers in groups.items():
+    for (drawing, _), numbers in groups.items():
         for start in range(0, len(numbers), batch_size):
             part = numbers[start : start + batch_size]
             pictures = _drawn_together(model, [requests[number] for number in part], drawing)
@@ -101,9 +130,9 @@ def draw(
 
 
 def _drawn_together(model: TextToImage, requests: Sequence[Request], drawing: Drawing) -> list[Picture]:
-    pictures = [request.picture for request in requests if request.picture is not None]
-    masks = [request.mask for request in requests if request.mask is not None]
-    draft = Draft(pixels=np.stack(pictures), masks=np.stack(masks) if masks else None) if pictures else None
+    parts = [request.given() for request in requests]
+    lists = {name: [part[name] for part in parts] for name in parts[0]}
+    together: dict[str, Any] = {name: tuple(part) if name in LISTED else np.stack(part) for name, part in lists.items()}
     own = model.card.guidance
     return list(
         model.generate(
@@ -112,7 +141,7 @@ def _drawn_together(model: TextToImage, requests: Sequence[Request], drawing: Dr
             guidance=[own if request.guidance is None else request.guidance for request in requests],
             negative_prompts=[request.negative_prompt for request in requests],
             drawing=drawing,
-            draft=draft,
+            given=Given(**together),
             batch_size=len(requests),
         )
     )
@@ -130,7 +159,7 @@ def picture_from(given: Any) -> Picture:
         if given.dtype != np.uint8 or given.ndim != 3 or given.shape[-1] != 3:
             raise ValueError(f"an array is a picture if it is uint8 of (rows, columns, 3), got {_described(given)}")
         return given
-    image = ImageOps.exif_transpose(_opened(given))
+    image = _opened(given)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
@@ -150,6 +179,37 @@ def mask_from(given: Any) -> Mask:
     return np.asarray(_opened(given).convert("L")) >= MASKED_FROM
 
 
+def map_from(given: Any) -> SemanticMap:
+    """Return a semantic map of what names or holds one: an integer array, or a picture of classes, 255 for none.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(given, np.ndarray):
+        if not np.issubdtype(given.dtype, np.integer) or given.ndim != 2:
+            raise ValueError(f"an array is a map if it is integer of (rows, columns), got {_described(given)}")
+        return given.astype(np.int64)
+    image = _opened(given)
+    # The numbers of a picture with a palette are its classes, whatever colours they are shown in.
+    numbers = np.asarray(image if image.mode in ("L", "P") else image.convert("L")).astype(np.int64)
+    return np.where(numbers == NO_CLASS_PIXEL, -1, numbers)
+
+
+def layout_from(given: Any) -> tuple[Box, ...]:
+    """Return the boxes of a layout: (class, left, top, right, bottom) each, sides in shares of the picture.
+
+    Raises:
+        ValueError: if a box is none.
+    """
+    boxes = [tuple(box) for box in given]
+    for box in boxes:
+        if len(box) != 5 or not (box[1] < box[3] and box[2] < box[4]):
+            raise ValueError(f"a box is (class, left, top, right, bottom) with ascending sides, got {box!r}")
+    return tuple(
+        (int(number), float(left), float(top), float(right), float(low)) for number, left, top, right, low in boxes
+    )
+
+
 def fitted(picture: Picture, size: tuple[int, int]) -> Picture:
     """Return the centre of a picture at a number of rows and columns: resized until it covers them, then cut."""
     height, width = size
@@ -165,17 +225,19 @@ def fitted_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 
 def _opened(given: Any) -> PILImage.Image:
     if isinstance(given, PILImage.Image):
-        return given
+        return ImageOps.exif_transpose(given)
     if isinstance(given, str):
-        given = storage.read_bytes(given)
+        try:
+            given = storage.read_bytes(given)
+        except storage.PLACE_ERRORS as error:
+            raise ValueError(f"{given} can't be read: {type(error).__name__} {error}") from error
     if not isinstance(given, bytes):
         raise ValueError(f"a picture is an address, bytes, a PIL image or an array, got {type(given).__name__}")
     try:
         image = PILImage.open(BytesIO(given))
-        image.load()
+        return ImageOps.exif_transpose(image)
     except (OSError, PILImage.DecompressionBombError) as error:
         raise ValueError(f"this is no picture that can be read: {error}") from error
-    return image
 
 
 def _sides(array: np.ndarray[Any, Any]) -> str:

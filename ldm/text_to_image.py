@@ -22,20 +22,20 @@ from ldm import storage
 from ldm.autoencoder.model import Autoencoder
 from ldm.autoencoder.regularizer import LatentKind
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
-from ldm.conditioning.rows import null_condition
+from ldm.conditioning.rows import RowConditions, null_condition
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, text_encoder_digest
 from ldm.conditioning.text_embedding import condition_of, numbered_condition
 from ldm.config import Config, added_later, digest_of
 from ldm.denoiser import denoiser_digests, load_denoiser, unet_config
 from ldm.diffusion.process import Prediction
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
-from ldm.drawing import Draft, Drawing, Pixels, checked_size, images_of, pixels_of
+from ldm.drawing import Drawing, Given, Pixels, check_told, checked_size, images_of, pixels_of
 from ldm.interop.diffusers import load_autoencoder, weights_digest
 from ldm.latents import LatentSpace
 from ldm.samplers.guidance import PLAIN, GuidanceForm, Network, guided_denoiser
 from ldm.samplers.sample import Denoiser, OnStep, SamplerConfig, initial_noise, sample, step_noise
 from ldm.samplers.tasks import Start, latent_mask, sample_from
-from ldm.types import Condition, Image, Latent
+from ldm.types import Condition, Image, Latent, LatentBatch
 
 MODEL_FILE = "model.json"
 AUTOENCODER_FOLDER = "vae"
@@ -128,7 +128,7 @@ class TextToImage:
         guidance: Sequence[float] | None = None,
         negative_prompts: Sequence[str] | None = None,
         drawing: Drawing | None = None,
-        draft: Draft | None = None,
+        given: Given | None = None,
         batch_size: int = 16,
         on_step: OnDrawn | None = None,
     ) -> Pixels:
@@ -141,13 +141,14 @@ class TextToImage:
             guidance: n guidance scales; the card's where not given.
             negative_prompts: n texts that guidance leads away from; the empty one where not given.
             drawing: sampler, guidance's form and size; the card's sampler and the size of the training where not given.
-            draft: n pictures to begin with, or to draw anew where their masks say so.
+            given: n pictures to begin with, masks, classes, layouts, maps or small pictures; what the model is told
+                beside text, it must be given.
             batch_size: images sampled together.
             on_step: called after each step with the images done so far, those under way in part, and the step's number.
 
         Raises:
             ValueError: for no prompts, another number of anything else than of prompts, a size that the networks can't
-                draw, or a picture of another size.
+                draw, a picture of another size, or what the model is not told.
         """
         if not prompts:
             raise ValueError("there are no prompts to draw")
@@ -155,23 +156,27 @@ class TextToImage:
         scales = list(guidance) if guidance is not None else [self.card.guidance] * count
         led_away = list(negative_prompts) if negative_prompts is not None else [""] * count
         numbers = {"seeds": len(seeds), "guidance": len(scales), "negative_prompts": len(led_away)}
-        numbers |= {"pictures to begin with": len(draft.pixels)} if draft else {}
+        given = given or Given()
+        numbers |= given.counts()
         if wrong := [f"{number} {name}" for name, number in numbers.items() if number != count]:
             raise ValueError(f"as many are needed of each as there are prompts, {count}: got {', '.join(wrong)}")
+        check_told(self.card.conditioning, given)
         drawing = drawing or Drawing(sampler=self.card.sampler)
-        size = checked_size(drawing, draft, self.trained_size, self.multiple)
+        if drawing.strength < 1 and given.pixels is None:
+            raise ValueError(f"strength {drawing.strength} is of a picture to begin with, and none is given")
+        size = checked_size(drawing, given, self.trained_size, self.multiple)
         condition = self.condition(prompts)
         null_text = self.condition(led_away if len(set(led_away)) > 1 else led_away[:1])
         parts: list[Pixels] = []
         for start in range(0, count, batch_size):
             stop = min(start + batch_size, count)
             away = null_text if null_text.num_rows == 1 else null_text.rows(start, stop)
-            denoise = self._denoiser(condition.rows(start, stop), away, scales[start:stop], drawing.form)
-            begun = draft.rows(start, stop) if draft else None
-            told = None if on_step is None else partial(_tell, on_step, start, stop, drawing.num_steps)
-            latent = self._sampled(denoise, seeds[start:stop], size, drawing, begun, told)
-            drawn = pixels_of(self._decoded(latent))
-            parts.append(begun.kept_in(drawn) if begun else drawn)
+            begun = given.rows(start, stop)
+            told = self._told(condition.rows(start, stop), begun, stop - start, size)
+            denoise = self._denoiser(told, away, scales[start:stop], drawing.form)
+            watch = None if on_step is None else partial(_tell, on_step, start, stop, drawing.num_steps)
+            latent = self._sampled(denoise, seeds[start:stop], size, drawing, begun, watch)
+            parts.append(begun.kept_in(pixels_of(self._decoded(latent))))
         return np.concatenate(parts)
 
     @property
@@ -225,6 +230,27 @@ class TextToImage:
         denoise = self._denoiser(condition, self.condition([""]), scales, PLAIN)
         return sample(denoise, self._noise(seeds, shape), self._schedule, sampler, step_noise(0, seeds, shape))
 
+    @torch.no_grad()
+    def _told(self, text: Condition, given: Given, count: int, size: tuple[int, int]) -> Condition:
+        """Return what the denoiser is told of a batch: its text, and what is given beside it, as of a cache's rows."""
+        config, factor = self.card.conditioning, self._autoencoder.config.factor
+        columns = given.columns(count, size)
+        if config.has_masked_image and given.pixels is not None and given.masks is not None:
+            hidden = torch.from_numpy(given.masks)[:, None].float()
+            seen = images_of(given.pixels, torch.device("cpu")) * (1.0 - hidden)
+            middle = factor // 2  # the nearest pixel to the middle of each latent's, as in a cache
+            columns["mask"] = hidden[:, :, middle::factor, middle::factor]
+            columns["masked_moments"] = self._autoencoder.encode(seen.to(self.device)).float().cpu()
+        batch = LatentBatch(
+            keys=("",) * count,
+            samples=torch.arange(count),
+            moments=torch.empty(count, 0, size[0] // factor, size[1] // factor),
+            condition=text.to(torch.device("cpu"), torch.float32),
+            columns=columns,
+        )
+        rows = RowConditions(config=config, space=self.card.space, factor=factor, seed=0)
+        return rows.whole(batch).to(self.device, torch.float32)
+
     def _denoiser(
         self, condition: Condition, null_text: Condition, scales: Sequence[float], form: GuidanceForm
     ) -> Denoiser:
@@ -245,18 +271,19 @@ class TextToImage:
         seeds: Sequence[int],
         size: tuple[int, int],
         drawing: Drawing,
-        draft: Draft | None,
+        given: Given,
         on_step: OnStep | None,
     ) -> Latent:
         factor = self._autoencoder.config.factor
         shape = (self.card.space.num_channels, size[0] // factor, size[1] // factor)
         noise, draw_noise = self._noise(seeds, shape), step_noise(0, seeds, shape)
-        if draft is None:
+        is_told_masks = self.card.conditioning.has_masked_image  # and knows by itself what is to stay
+        if given.pixels is None or (is_told_masks and drawing.strength == 1):
             return sample(denoise, noise, self._schedule, drawing.sampler, draw_noise, on_step)
-        clean = self.card.space.scaled_mode(self._autoencoder.encode(images_of(draft.pixels, self.device)))
+        clean = self.card.space.scaled_mode(self._autoencoder.encode(images_of(given.pixels, self.device)))
         mask = None
-        if draft.masks is not None:
-            mask = latent_mask(torch.from_numpy(draft.masks).to(self.device), factor)
+        if given.masks is not None and not is_told_masks:
+            mask = latent_mask(torch.from_numpy(given.masks).to(self.device), factor)
         start = Start(clean, mask)
         return sample_from(
             denoise, start, noise, self._schedule, drawing.sampler, drawing.strength, draw_noise, on_step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from dataclasses import replace
@@ -16,7 +17,7 @@ from PIL import Image as PILImage
 
 from jobs.command_line import from_command_line
 from jobs.wiring.sample import SampleConfig, sample_worker
-from ldm.drawing import Draft, Drawing, images_of, pixels_of
+from ldm.drawing import Drawing, Given, images_of, pixels_of
 from ldm.registry import requests_of
 from ldm.requests import Request, draw, fitted, fitted_mask, mask_from, picture_from
 from ldm.samplers.guidance import GuidanceForm
@@ -83,7 +84,7 @@ def test_pixels_outside_the_mask_come_back_untouched_and_those_within_are_drawn(
             ["red", "blue"],
             seeds=[1, 2],
             drawing=replace(DRAWING, strength=strength),
-            draft=Draft(pixels=pictures, masks=masks),
+            given=Given(pixels=pictures, masks=masks),
         )
         assert (found[~masks] == pictures[~masks]).all()
         assert (found[masks] != pictures[masks]).mean() > 0.9
@@ -99,7 +100,7 @@ def test_a_weak_drawing_stays_with_the_picture_and_a_strong_one_leaves_it(model:
     distances = []
     for strength in (0.02, 0.3, 1.0):
         drawing = replace(steps, strength=strength)
-        found = model.generate(["red"], seeds=[3], drawing=drawing, draft=Draft(pixels=picture[None]))[0]
+        found = model.generate(["red"], seeds=[3], drawing=drawing, given=Given(pixels=picture[None]))[0]
         distances.append(np.abs(found - rebuilt).mean())
     assert distances[0] < distances[1] < distances[2]
 
@@ -143,8 +144,10 @@ def test_the_same_batch_with_other_neighbours_gives_the_same_bits(model: TextToI
         ({"seeds": [1]}, "as there are prompts, 2: got 1 seeds"),
         ({"guidance": [1.0]}, "got 1 guidance"),
         ({"negative_prompts": ["a", "b", "c"]}, "got 3 negative_prompts"),
-        ({"draft": Draft(pixels=picture_of()[None])}, "got 1 pictures to begin with"),
-        ({"draft": Draft(pixels=np.stack([picture_of(20, 16)] * 2)), "drawing": Drawing(height=16)}, "resize them"),
+        ({"given": Given(pixels=picture_of()[None])}, "got 1 pixels"),
+        ({"drawing": Drawing(strength=0.5)}, "strength 0.5 is of a picture to begin with, and none is given"),
+        ({"given": Given(classes=(1, 2))}, "this model is not told classes: it was trained without"),
+        ({"given": Given(pixels=np.stack([picture_of(20, 16)] * 2)), "drawing": Drawing(height=16)}, "resize them"),
     ],
 )
 def test_what_does_not_fit_the_prompts_is_refused_with_both_numbers(model, more, message) -> None:
@@ -154,9 +157,9 @@ def test_what_does_not_fit_the_prompts_is_refused_with_both_numbers(model, more,
 
 def test_masks_of_another_size_or_without_a_pixel_are_refused() -> None:
     with pytest.raises(ValueError, match=r"masks of shape \(1, 8, 16\) do not lie over pictures of .*\(1, 16, 16\)"):
-        Draft(pixels=picture_of()[None], masks=np.ones((1, 8, 16), bool))
+        Given(pixels=picture_of()[None], masks=np.ones((1, 8, 16), bool))
     with pytest.raises(ValueError, match="no pixel that is to be drawn anew"):
-        Draft(pixels=picture_of()[None], masks=np.zeros((1, 16, 16), bool))
+        Given(pixels=picture_of()[None], masks=np.zeros((1, 16, 16), bool))
     with pytest.raises(ValueError, match="the mask of 'red' has 8 x 16 px, its picture 16 x 16 px"):
         Request(prompt="red", picture=picture_of(), mask=np.ones((8, 16), bool))
     with pytest.raises(ValueError, match="the mask of 'red' needs a picture"):
@@ -217,6 +220,8 @@ def test_a_picture_comes_from_an_address_bytes_an_image_or_an_array_and_what_is_
     for wrong, message in (
         (b"no picture", "no picture that can be read"),
         (7, "an address, bytes, a PIL image or an array, got int"),
+        (str(tmp_path / "none.png"), "none.png can't be read: FileNotFoundError"),
+        (str(tmp_path), "can't be read: IsADirectoryError"),
         (np.zeros((4, 4)), r"uint8 of \(rows, columns, 3\), got float64 of \(4, 4\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -259,10 +264,24 @@ def test_a_table_says_of_each_row_what_it_wants_and_empty_cells_have_defaults(mo
     assert [request.seed for request in requests_of(["a", "b"], {"seed": 3}, card)] == [3, 4]
     assert [request.prompt for request in requests_of("one", {}, card)] == ["one"]
     assert requests_of(pd.DataFrame({"text": ["red"]}), {}, card)[0].prompt == "red"
+    encoded = base64.b64encode(png_of(PILImage.fromarray(picture_of()))).decode()
+    # What MLflow's server makes of JSON, by columns and by rows.
+    for served in (
+        {"prompt": ["red"], "seed": [7], "init_image": [encoded], "mask": [None]},
+        [{"prompt": "red", "seed": 7, "init_image": f"data:image/png;base64,{encoded}", "mask": ""}],
+    ):
+        (request,) = requests_of(served, {}, card)
+        assert (request.prompt, request.seed, request.mask) == ("red", 7, None)
+        assert (request.picture == picture_of()).all()
     for wrong, message in (
         (pd.DataFrame({"text": ["a"], "seed": [1]}), "needs a column 'prompt'"),
         (pd.DataFrame({"prompt": ["a"], "sed": [1]}), r"unknown columns \['sed'\]; known are prompt, negative_prompt"),
         ([], "no prompts to draw"),
+        (pd.DataFrame({"prompt": ["a", None]}), "a prompt is text, got nan"),
+        (["a", 3], "a prompt is text, got 3"),
+        ({"prompt": ["a"], "init_image": ["/etc/passwd"]}, "base64 of a PNG's or JPEG's bytes, no address"),
+        ({"prompt": ["a"], "mask": ["http://169.254.169.254/"]}, "no address: got 'http"),
+        ({"prompt": ["a"], "steps": [0]}, "num_steps must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             requests_of(wrong, {}, card)
@@ -270,7 +289,15 @@ def test_a_table_says_of_each_row_what_it_wants_and_empty_cells_have_defaults(mo
 
 @pytest.mark.parametrize("is_separate", [False, True])
 def test_a_picture_is_repeated_by_what_stands_in_it(folder: Path, tmp_path: Path, is_separate: bool) -> None:
-    config = config_of(folder, tmp_path / "first", is_separate=is_separate, negative_prompt="grey")
+    config = config_of(
+        folder,
+        tmp_path / "first",
+        prompts=("red 😀", "a blue square"),
+        guidance=(0.00001, 3.0),
+        is_separate=is_separate,
+        negative_prompt="grey",
+        form=GuidanceForm(lowest_noise=0.00002),
+    )
     paths = drawn(config)
     assert len(paths) == (4 if is_separate else 1)
     assert [str(path) for path in paths] == config.picture_paths()
@@ -284,8 +311,28 @@ def test_a_picture_is_repeated_by_what_stands_in_it(folder: Path, tmp_path: Path
         found, before = (np.asarray(PILImage.open(one)).astype(int) for one in (*again, path))
         assert np.abs(found - before).max() <= (1 if is_separate else 0)
     settings = json.loads(PILImage.open(paths[-1]).text["settings"])
-    assert settings["prompts"] == (["a blue square"] if is_separate else ["red", "a blue square"])
+    assert settings["prompts"] == (["a blue square"] if is_separate else ["red 😀", "a blue square"])
     assert settings["negative_prompt"] == "grey"
+    assert not {"root", "record", "launch", "tracking"} & set(settings), "nothing of the machine goes with a picture"
+
+
+def test_what_a_picture_was_drawn_with_must_be_there_to_repeat_it(folder: Path, tmp_path: Path) -> None:
+    for name, seed in (("a.png", 1), ("b.png", 2)):
+        PILImage.fromarray(picture_of(seed=seed)).save(tmp_path / name)
+    config = config_of(folder, tmp_path / "drawn", picture=str(tmp_path / "a.png"), strength=0.5)
+    (path,) = drawn(config)
+    assert config.picture_paths() == [str(path)]
+    (tmp_path / "a.png").write_bytes((tmp_path / "b.png").read_bytes())
+    assert config.picture_paths() != [str(path)], "another picture under the same name is another request"
+    asked = from_command_line("sample", {"any": lambda _: config}, ["--repeat", str(path)]).config
+    with pytest.raises(
+        ValueError, match=r"a.png lies another picture than .*--picture-digest \"\" takes what is there"
+    ):
+        drawn(asked)
+    with pytest.raises(ValueError, match="lies another model than the one that is asked for, 0000"):
+        replace(config, model_digest="0" * 64).identified()
+    with pytest.raises(ValueError, match=r"none.png can't be read: FileNotFoundError"):
+        replace(config, picture=str(tmp_path / "none.png")).identified()
 
 
 def test_a_picture_without_settings_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -109,7 +109,12 @@ def test_the_registered_model_draws_the_same_pixels_in_a_fresh_process(
     assert one.dtype == np.uint8
     assert (one == two).all()
     mlflow.set_tracking_uri(uri)
-    here = mlflow.pyfunc.load_model(version.uri).predict(["a red square", "blue"], params={"seed": 5, "num_steps": 4})
+    loaded = mlflow.pyfunc.load_model(version.uri)
+    here = loaded.predict(["a red square", "blue"], params={"seed": 5, "num_steps": 4})
+    table = pd.DataFrame({"prompt": ["a red square", "blue"], "seed": [5, 6], "steps": [4, 4], "width": [16, 24]})
+    by_table = loaded.predict(table)
+    assert [drawn.shape for drawn in by_table] == [(16, 16, 3), (16, 24, 3)]
+    assert abs(by_table[0].astype(int) - here[0].astype(int)).max() <= 1
     assert abs(here.astype(int) - one.astype(int)).max() <= 1  # the child process may use another number of threads
 
 

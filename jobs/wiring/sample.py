@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-from jobs.wiring.picture_settings import save_with_settings
+from jobs.wiring.picture_settings import save_with_settings, settings_of
 from ldm import storage
 from ldm.config import added_later, digest_of
-from ldm.drawing import Draft, Drawing, Pixels
+from ldm.drawing import Drawing, Given, Pixels
 from ldm.requests import fitted, fitted_mask, mask_from, picture_from
 from ldm.text_to_image import TextToImage, find_model, load_card, load_text_to_image, model_digest
 from ldm.training.local_launch import LaunchConfig, Outcome
@@ -26,6 +26,8 @@ from ldm.training.world import World
 
 LEAST_CELL, LARGEST_CELL = 128, 512
 """Pixels of the longer side of a grid's pictures: smaller ones are enlarged, larger ones shrunk."""
+ADDRESSES = ("model", "picture", "mask")
+"""What a picture's name does not depend on: their digests are in it."""
 LABEL_WIDTH = 200
 HEADER = 28
 GAP = 6
@@ -52,9 +54,14 @@ class SampleConfig(Drawing):
     seed: int = 0
     """Seed of the first row's noise; the next rows count on. A row has one noise over all scales."""
     picture: str = added_later("")
-    """Picture that every drawing begins with (see strength), cut to height and width; file or URL."""
+    """Picture that every drawing begins with (see strength), cut to height and width, or where they are 0 to the size
+    of the training; file or URL."""
+    picture_digest: str = added_later("")
+    """sha256 of that file; empty takes what lies there now. A picture's own settings name it."""
     mask: str = added_later("")
     """Picture whose light pixels are drawn anew, laid over the other one; all else comes back untouched."""
+    mask_digest: str = added_later("")
+    """sha256 of the mask's file, as the picture's."""
     is_separate: bool = added_later(False)
     """Write each picture by itself and without captions, in place of a grid."""
     launch: LaunchConfig = LaunchConfig()
@@ -88,23 +95,47 @@ class SampleConfig(Drawing):
 
     def picture_paths(self) -> list[str]:
         """Return where the pictures lie: the same request of the same model has the same name."""
-        digest = self.model_digest or model_digest(load_card(self.model))
         kind = "picture" if self.is_separate else "grid"
-        names = [digest_of([digest, part.asked()])[:12] for part in self.parts()]
+        asked = [settings_of(part) for part in self.identified().parts()]
+        names = [digest_of({name: part[name] for name in part if name not in ADDRESSES})[:12] for part in asked]
         return [storage.join(self.root, f"{kind}-{name}.png") for name in names]
 
-    def asked(self) -> dict[str, Any]:
-        """Return what is asked for, wherever it is drawn and written."""
-        elsewhere = ("root", "record", "model", "model_digest", "launch", "tracking")
-        return {name: value for name, value in self.to_dict().items() if name not in elsewhere}
+    def identified(self) -> SampleConfig:
+        """Return the request with the digests of its model, picture and mask, and their whole addresses.
+
+        Raises:
+            ValueError: if one of them can't be read, or is not the one that the request names.
+        """
+        found = {"model": model_digest(load_card(self.model_folder()))}
+        found |= {name: _file_digest(getattr(self, name)) for name in ("picture", "mask") if getattr(self, name)}
+        for name, digest in found.items():
+            named = getattr(self, f"{name}_digest")
+            if named and named != digest:
+                raise ValueError(_is_another(name, getattr(self, name), named))
+        known: dict[str, Any] = {name: _whole(getattr(self, name)) for name in found}
+        known |= {f"{name}_digest": digest for name, digest in found.items()}
+        return replace(self, **known)
+
+    def model_folder(self) -> str:
+        """Return where the model lies: at its address, or among those that this held before.
+
+        Raises:
+            ValueError: if the one that is named is in neither.
+        """
+        if not self.model_digest:
+            return self.model
+        try:
+            return find_model(self.model, self.model_digest)
+        except ValueError as error:
+            raise ValueError(_is_another("model", self.model, self.model_digest)) from error
 
 
 def sample_worker(
     config: SampleConfig, world: World, report: Callable[[Progress], None], should_stop: Callable[[], bool]
 ) -> Outcome:
     """Draw the pictures in one process and write them."""
-    folder = find_model(config.model, config.model_digest) if config.model_digest else config.model
-    model = load_text_to_image(folder, world.device)
+    config = config.identified()
+    model = load_text_to_image(config.model_folder(), world.device)
     if told := cut_prompts(model, [*config.prompts, config.negative_prompt]):
         report(Progress(done=0, total=0, notice=told))
     columns = len(config.guidance)
@@ -115,17 +146,34 @@ def sample_worker(
         guidance=list(config.guidance) * len(config.prompts),
         negative_prompts=[config.negative_prompt] * count,
         drawing=config.drawing,
-        draft=_draft(config, model, count),
+        given=_given(config, model, count),
         on_step=_Steps(report, count),
     )
-    known = replace(config, model_digest=model_digest(model.card))
     paths = config.picture_paths()
     drawn = list(images) if config.is_separate else [images]
-    for path, part, shown in zip(paths, known.parts(), drawn, strict=True):
+    for path, part, shown in zip(paths, config.parts(), drawn, strict=True):
         picture = PILImage.fromarray(shown) if config.is_separate else grid_picture(shown, part)
         with storage.open_atomic(path) as file:
-            save_with_settings(picture, json.dumps(part.to_dict()), file)
+            save_with_settings(picture, settings_of(part), file)
     return {"is_finished": True, "pictures": paths}
+
+
+def _file_digest(path: str) -> str:
+    try:
+        return storage.sha256_of(path)
+    except storage.PLACE_ERRORS as error:
+        raise ValueError(f"the picture {path} can't be read: {type(error).__name__} {error}") from error
+
+
+def _whole(address: str) -> str:
+    return str(Path(address).expanduser().absolute()) if storage.is_local(address) else address
+
+
+def _is_another(name: str, place: str, digest: str) -> str:
+    return (
+        f"at {place} lies another {name} than the one that is asked for, {digest[:16]}: --{name} says where that lies, "
+        f'--{name}-digest "" takes what is there'
+    )
 
 
 class _Steps:
@@ -143,7 +191,7 @@ class _Steps:
         self._report(Progress(done=int(done), total=self._count, metrics={"steps_per_second": rate}))
 
 
-def _draft(config: SampleConfig, model: TextToImage, count: int) -> Draft | None:
+def _given(config: SampleConfig, model: TextToImage, count: int) -> Given | None:
     if not config.picture:
         return None
     own = picture_from(config.picture)
@@ -157,7 +205,7 @@ def _draft(config: SampleConfig, model: TextToImage, count: int) -> Draft | None
                 "they must lie over each other"
             )
         masks = np.stack([fitted_mask(mask, size)] * count)
-    return Draft(pixels=np.stack([fitted(own, size)] * count), masks=masks)
+    return Given(pixels=np.stack([fitted(own, size)] * count), masks=masks)
 
 
 def cut_prompts(model: TextToImage, prompts: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ from ldm.diffusion.schedule import ScheduleConfig, ScheduleKind, betas
 from ldm.interop.diffusers import CONFIG_NAME, load_autoencoder, save_autoencoder
 from ldm.latents import LatentSpace
 from ldm.samplers.grids import Grid
-from ldm.text_to_image import AUTOENCODER_FOLDER, ModelCard, load_card
+from ldm.text_to_image import AUTOENCODER_FOLDER, ModelCard, load_card, load_text_to_image
 
 INDEX_FILE = "model_index.json"
 PREDICTIONS = {
@@ -69,10 +69,14 @@ def export_pipeline(model: str, target: str) -> None:
         target: folder or URL to write to.
 
     Raises:
-        ValueError: if no such pipeline can be the model; see `check_exportable`.
+        ValueError: if no such pipeline can be the model (see `check_exportable`), a part of it is not the one that it
+            names, or the folder is the model's own.
     """
+    if target.rstrip("/") == model.rstrip("/"):
+        raise ValueError(f"{target} holds the model itself: give the pipeline a folder of its own")
     card = load_card(model)
     check_exportable(card)
+    load_text_to_image(model, torch.device("cpu"))  # refuses parts that are not the trained ones
     storage.remove_file(storage.join(target, INDEX_FILE))  # it makes the folder whole, and comes back last
     _copy_unet(model, target, card)
     vae = storage.join(target, AUTOENCODER_FOLDER)

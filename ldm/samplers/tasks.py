@@ -75,8 +75,13 @@ def last_part(times: Float[Tensor, " k"], strength: float) -> Float[Tensor, " j"
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1], got {strength}")
-    num_steps = len(times) - 1
-    return times[num_steps - max(1, round(strength * num_steps)) :]
+    whole = len(times) - 1
+    return times[whole - num_steps_of(whole, strength) :]
+
+
+def num_steps_of(whole: int, strength: float) -> int:
+    """Return how many of a path's steps are made."""
+    return max(1, round(strength * whole))
 
 
 def keeping_denoiser(denoise: Denoiser, known: Latent, mask: LatentMask) -> Denoiser:

@@ -62,7 +62,7 @@ def zero_settings(config: EngineConfig, optim: OptimConfig, rows: int, world_siz
     if stage == 0 and config.precision is Precision.FP16:
         raise ValueError(f"{config.zero_config} is stage 0, which has no fp16: take stage 1, or engine.kind local")
     for name in ("offload_optimizer", "offload_param"):
-        offload = settings.get("zero_optimization", {}).get(name, {})
+        offload = settings.get("zero_optimization", {}).get(name) or {}
         if offload.get("device") == "nvme" or offload.get("ratio", 1.0) != 1.0:
             raise ValueError(f"{config.zero_config}: {name} must be all on the cpu, where checkpoints read it")
     micro_batches = config.micro_batches(rows)
