@@ -21,8 +21,8 @@ import yaml
 from jobs import recipes
 from jobs.command_line import from_command_line
 from ldm.config import Config
-from ldm.training.deepspeed_engine import OURS
 from ldm.training.local_launch import LaunchConfig
+from ldm.training.zero_config import OURS
 from pipeline.latent_config import Device, LatentsConfig
 
 HOUSE = Path(__file__).parents[1]
