@@ -62,6 +62,9 @@ def prepare() -> None:
     """Quiet the libraries; settings that a person has made stay."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if not os.environ.get("RAY_ADDRESS"):
+        # Nobody reads the metrics of a Ray that ends with its job, and the thread that sends them may abort its end.
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("ray", "ray.train", "ray.data", "mlflow", "alembic", "deepspeed", "DeepSpeed", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from xdist.scheduler import LoadScopeScheduling
 from tests import shape_checks
 from tests.servers import S3Server, s3_server
 
+# The thread that sends metrics was seen to abort its process at the end of a module's Ray. Read when Ray is imported.
+os.environ.setdefault("RAY_enable_metrics_collection", "0")
 # Hooked before any of them is imported; only where tensors are, since beartype can't read Self or plain Protocols.
 TENSOR_PACKAGES = (
     "ldm.autoencoder",
