@@ -86,7 +86,7 @@ def test_a_deepspeed_file_does_what_its_name_says_and_deepspeed_knows_every_key(
 
 
 def test_every_stage_has_its_deepspeed_file() -> None:
-    assert [path.stem for path in DEEPSPEED] == ["zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
+    assert [path.stem for path in DEEPSPEED] == ["zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 
 
 def test_the_cluster_launcher_file_fits_rays_own_schema() -> None:

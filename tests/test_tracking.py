@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from jobs.wiring.recording import open_record
 from jobs.wiring.registering import register_model
 from jobs.wiring.train_ldm import TrainLdmConfig, train_ldm_worker
-from ldm.registry import prompts_of, record_evaluation
+from ldm.registry import record_evaluation
 from ldm.training.attempts import begin_attempt
 from ldm.training.loop import Progress
 from ldm.training.page import DataInput
@@ -226,13 +226,3 @@ def test_a_grid_places_rows_in_order_between_white_gaps() -> None:
     assert canvas[1, 4, 0] == 128
     assert canvas[4, 1, 0] == 255
     assert (canvas[0] == 255).all()
-
-
-def test_prompts_come_from_lists_and_tables_and_others_are_refused() -> None:
-    assert prompts_of(["a", "b"]) == ["a", "b"]
-    assert prompts_of("a") == ["a"]
-    assert prompts_of(pd.DataFrame({"prompt": ["a"], "other": [1]})) == ["a"]
-    with pytest.raises(ValueError, match=r"needs a column 'prompt', it has \['x', 'y'\]"):
-        prompts_of(pd.DataFrame({"x": ["a"], "y": ["b"]}))
-    with pytest.raises(ValueError, match="no prompts"):
-        prompts_of([])
