@@ -16,7 +16,7 @@ from PIL import ImageDraw, ImageFont
 from jobs.wiring.picture_settings import save_with_settings, settings_of
 from ldm import storage
 from ldm.config import added_later, digest_of
-from ldm.drawing import Drawing, Given, Pixels
+from ldm.drawing import Drawing, Given, Pixels, check_strength
 from ldm.requests import fitted, fitted_mask, mask_from, picture_from
 from ldm.text_to_image import TextToImage, find_model, load_card, load_text_to_image, model_digest
 from ldm.training.local_launch import LaunchConfig, Outcome
@@ -75,8 +75,7 @@ class SampleConfig(Drawing):
             raise ValueError("a grid needs at least one prompt and one guidance scale")
         if self.mask and not self.picture:
             raise ValueError("a mask needs a picture that it lies over: --picture FILE")
-        if self.strength < 1 and not self.picture:
-            raise ValueError(f"strength {self.strength} is of a picture to begin with: --picture FILE")
+        check_strength(self.strength, has_picture=bool(self.picture), has_mask=bool(self.mask))
 
     @property
     def drawing(self) -> Drawing:
