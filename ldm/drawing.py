@@ -36,8 +36,8 @@ class Drawing(Config):
     form: GuidanceForm = added_later(PLAIN)
     """What is made of guidance."""
     height: int = added_later(0)
-    """Pixel rows, a multiple of what the networks shrink; 0 is what the model was trained on, or those of a given
-    picture. More than trained is sampled convolutionally (Rombach et al. 2022, section 4.3.2)."""
+    """Pixel rows, a multiple of what the networks shrink; 0 is what the model was trained on, and in Python those of a
+    given picture. More than trained is sampled convolutionally (Rombach et al. 2022, section 4.3.2)."""
     width: int = added_later(0)
     """Pixel columns, as rows."""
     strength: float = added_later(1.0)
@@ -131,6 +131,20 @@ class Given:
         if self.small is not None:
             found["low_res"] = images_of(self.small, torch.device("cpu"))
         return found
+
+
+def check_strength(strength: float, *, has_picture: bool, has_mask: bool) -> None:
+    """Refuse a strength without a picture, and one at which nothing of a picture would be looked at.
+
+    Raises:
+        ValueError: saying which of both.
+    """
+    if strength < 1 and not has_picture:
+        raise ValueError(f"strength {strength:g} is of a picture to begin with, and none is given")
+    if strength == 1 and has_picture and not has_mask:
+        raise ValueError(
+            "at strength 1 nothing of the picture is looked at: give a strength below, such as 0.7, or a mask"
+        )
 
 
 def check_told(config: ConditioningConfig, given: Given) -> None:

@@ -218,9 +218,14 @@ def fitted(picture: Picture, size: tuple[int, int]) -> Picture:
 
 def fitted_mask(mask: Mask, size: tuple[int, int]) -> Mask:
     """Return the mask that lies over `fitted` pictures as this one lies over the whole ones."""
+    return fitted_map(mask.astype(np.int64), size) > 0
+
+
+def fitted_map(numbers: SemanticMap, size: tuple[int, int]) -> SemanticMap:
+    """Return the map that lies over `fitted` pictures as this one lies over the whole ones; the nearest's classes."""
     height, width = size
-    grey = PILImage.fromarray(np.where(mask, 255, 0).astype(np.uint8))
-    return np.asarray(ImageOps.fit(grey, (width, height), PILImage.Resampling.NEAREST)) >= MASKED_FROM
+    grey = PILImage.fromarray(numbers.astype(np.int32))
+    return np.asarray(ImageOps.fit(grey, (width, height), PILImage.Resampling.NEAREST)).astype(np.int64)
 
 
 def _opened(given: Any) -> PILImage.Image:

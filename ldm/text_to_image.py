@@ -29,7 +29,7 @@ from ldm.config import Config, added_later, digest_of
 from ldm.denoiser import denoiser_digests, load_denoiser, unet_config
 from ldm.diffusion.process import Prediction
 from ldm.diffusion.schedule import Schedule, ScheduleConfig
-from ldm.drawing import Drawing, Given, Pixels, check_told, checked_size, images_of, pixels_of
+from ldm.drawing import Drawing, Given, Pixels, check_strength, check_told, checked_size, images_of, pixels_of
 from ldm.interop.diffusers import load_autoencoder, weights_digest
 from ldm.latents import LatentSpace
 from ldm.samplers.guidance import PLAIN, GuidanceForm, Network, guided_denoiser
@@ -162,8 +162,7 @@ class TextToImage:
             raise ValueError(f"as many are needed of each as there are prompts, {count}: got {', '.join(wrong)}")
         check_told(self.card.conditioning, given)
         drawing = drawing or Drawing(sampler=self.card.sampler)
-        if drawing.strength < 1 and given.pixels is None:
-            raise ValueError(f"strength {drawing.strength} is of a picture to begin with, and none is given")
+        check_strength(drawing.strength, has_picture=given.pixels is not None, has_mask=given.masks is not None)
         size = checked_size(drawing, given, self.trained_size, self.multiple)
         condition = self.condition(prompts)
         null_text = self.condition(led_away if len(set(led_away)) > 1 else led_away[:1])

@@ -98,7 +98,7 @@ def test_a_weak_drawing_stays_with_the_picture_and_a_strong_one_leaves_it(model:
         rebuilt = pixels_of(network.decode(model.card.space.unscaled(clean)))[0].astype(float)
     steps = replace(DRAWING, sampler=SamplerConfig(num_steps=50))
     distances = []
-    for strength in (0.02, 0.3, 1.0):
+    for strength in (0.02, 0.3, 0.98):
         drawing = replace(steps, strength=strength)
         found = model.generate(["red"], seeds=[3], drawing=drawing, given=Given(pixels=picture[None]))[0]
         distances.append(np.abs(found - rebuilt).mean())
@@ -146,8 +146,12 @@ def test_the_same_batch_with_other_neighbours_gives_the_same_bits(model: TextToI
         ({"negative_prompts": ["a", "b", "c"]}, "got 3 negative_prompts"),
         ({"given": Given(pixels=picture_of()[None])}, "got 1 pixels"),
         ({"drawing": Drawing(strength=0.5)}, "strength 0.5 is of a picture to begin with, and none is given"),
+        ({"given": Given(pixels=np.stack([picture_of()] * 2))}, "at strength 1 nothing of the picture is looked at"),
         ({"given": Given(classes=(1, 2))}, "this model is not told classes: it was trained without"),
-        ({"given": Given(pixels=np.stack([picture_of(20, 16)] * 2)), "drawing": Drawing(height=16)}, "resize them"),
+        (
+            {"given": Given(pixels=np.stack([picture_of(20, 16)] * 2)), "drawing": Drawing(height=16, strength=0.5)},
+            "resize",
+        ),
     ],
 )
 def test_what_does_not_fit_the_prompts_is_refused_with_both_numbers(model, more, message) -> None:
@@ -325,9 +329,7 @@ def test_what_a_picture_was_drawn_with_must_be_there_to_repeat_it(folder: Path, 
     (tmp_path / "a.png").write_bytes((tmp_path / "b.png").read_bytes())
     assert config.picture_paths() != [str(path)], "another picture under the same name is another request"
     asked = from_command_line("sample", {"any": lambda _: config}, ["--repeat", str(path)]).config
-    with pytest.raises(
-        ValueError, match=r"a.png lies another picture than .*--picture-digest \"\" takes what is there"
-    ):
+    with pytest.raises(ValueError, match=r"a.png lies another picture than .*--file-digests takes what is there"):
         drawn(asked)
     with pytest.raises(ValueError, match="lies another model than the one that is asked for, 0000"):
         replace(config, model_digest="0" * 64).identified()
@@ -384,6 +386,7 @@ def test_progress_tells_steps_a_second_and_prompts_that_are_cut(folder: Path, tm
     [
         ({"mask": "m.png"}, "a mask needs a picture that it lies over"),
         ({"strength": 0.5}, "strength 0.5 is of a picture to begin with"),
+        ({"picture": "p.png"}, "at strength 1 nothing of the picture is looked at"),
         ({"strength": 1.5}, r"strength must lie in \(0, 1\]"),
         ({"prompts": ()}, "at least one prompt"),
         ({"height": -8}, "can't be negative"),

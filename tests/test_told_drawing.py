@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.wiring.sample import SampleConfig, _boxes_in, sample_worker
 from jobs.wiring.train_ldm import row_conditions
 from ldm.conditioning.masks import random_mask
 from ldm.drawing import Drawing, Given
@@ -18,12 +19,14 @@ from ldm.registry import requests_of
 from ldm.requests import Request, draw, layout_from, map_from
 from ldm.samplers.sample import SamplerConfig
 from ldm.text_to_image import TextToImage, load_text_to_image
+from ldm.training.local_launch import ignore
 from ldm.types import Condition, LatentBatch
 from pipeline.images import decode_pixels
 from pipeline.latent_plan import token_reader
 from pipeline.loader import LatentLoader
 from pipeline.store.manifest import load_manifest
 from pipeline.store.schema import Split, key_of
+from tests.ranks import alone
 from tests.test_conditional_training import COLOURS, COLUMNS, NUM_ROWS, SIDE, TOLD, folder, square, training
 from tests.tiny_training import run
 
@@ -139,6 +142,51 @@ def test_a_table_names_classes_layouts_maps_and_small_pictures(
     assert (first.class_id, first.layout) == (2, ((1, 0.0, 0.1, 0.5, 0.6),))
     assert set(first.given()) == {"classes", "layouts", "maps", "small"}
     assert second.given() == {}
+
+
+def test_the_job_draws_by_what_the_model_is_told(
+    told: tuple[TextToImage, LatentBatch, Condition], folder: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model, batch, _ = told
+    name = request.node.callspec.params["told"]
+    first = requests_for(batch, model)[0]
+    places = {}
+    numbers = None if first.semantic_map is None else first.semantic_map.astype(np.uint8)
+    shown = {
+        "picture": first.picture,
+        "mask": None if first.mask is None else np.where(first.mask, 255, 0).astype(np.uint8),
+        "semantic_map": numbers,
+        "small": first.small,
+    }
+    for part, pixels in shown.items():
+        if pixels is not None:
+            Image.fromarray(pixels).save(tmp_path / f"{part}.png")
+            places[part] = str(tmp_path / f"{part}.png")
+    if first.class_id is not None:
+        places["classes"] = (first.class_id,)
+    if first.layout is not None:
+        places["layouts"] = ("; ".join(" ".join(map(str, box)) for box in first.layout),)
+    config = SampleConfig(
+        root=str(tmp_path / "drawn"),
+        record=str(tmp_path / "record"),
+        model=str(folder / f"drawing {name}" / "model"),
+        prompts=(first.prompt,),
+        guidance=(2.0,),
+        sampler=DRAWING.sampler,
+        is_separate=True,
+        **places,
+    )
+    (path,) = sample_worker(config, alone(), ignore, lambda: False)["pictures"]
+    (expected,) = draw(model, [replace(first, guidance=2.0)], batch_size=1)
+    assert (np.asarray(Image.open(path)) == expected).all()
+
+
+def test_a_layout_that_is_none_is_refused_as_it_was_said(folder: Path, tmp_path: Path) -> None:
+    given = {"root": str(tmp_path), "record": str(tmp_path), "model": "", "prompts": ("a", "b")}
+    with pytest.raises(ValueError, match=r"classes are one for each of the 2 prompts, got \(1,\)"):
+        SampleConfig(**given, classes=(1,))
+    with pytest.raises(ValueError, match="a layout is 'CLASS LEFT TOP RIGHT BOTTOM; ...', got '1 a b'"):
+        _boxes_in("1 a b")
 
 
 @pytest.mark.parametrize("box", [(1, 0.5, 0.1, 0.4, 0.6), (1, 0.0, 0.1, 0.4)])

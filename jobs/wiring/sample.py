@@ -16,8 +16,8 @@ from PIL import ImageDraw, ImageFont
 from jobs.wiring.picture_settings import save_with_settings, settings_of
 from ldm import storage
 from ldm.config import added_later, digest_of
-from ldm.drawing import Drawing, Given, Pixels
-from ldm.requests import fitted, fitted_mask, mask_from, picture_from
+from ldm.drawing import Drawing, Given, Pixels, check_strength
+from ldm.requests import fitted, fitted_map, fitted_mask, layout_from, map_from, mask_from, picture_from
 from ldm.text_to_image import TextToImage, find_model, load_card, load_text_to_image, model_digest
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
@@ -26,7 +26,9 @@ from ldm.training.world import World
 
 LEAST_CELL, LARGEST_CELL = 128, 512
 """Pixels of the longer side of a grid's pictures: smaller ones are enlarged, larger ones shrunk."""
-ADDRESSES = ("model", "picture", "mask")
+FILES = ("picture", "mask", "semantic_map", "small")
+"""Fields that name a picture."""
+ADDRESSES = ("model", *FILES)
 """What a picture's name does not depend on: their digests are in it."""
 LABEL_WIDTH = 200
 HEADER = 28
@@ -56,12 +58,20 @@ class SampleConfig(Drawing):
     picture: str = added_later("")
     """Picture that every drawing begins with (see strength), cut to height and width, or where they are 0 to the size
     of the training; file or URL."""
-    picture_digest: str = added_later("")
-    """sha256 of that file; empty takes what lies there now. A picture's own settings name it."""
     mask: str = added_later("")
     """Picture whose light pixels are drawn anew, laid over the other one; all else comes back untouched."""
-    mask_digest: str = added_later("")
-    """sha256 of the mask's file, as the picture's."""
+    classes: tuple[int, ...] = added_later(())
+    """For a model that is told classes: the number of each row's."""
+    layouts: tuple[str, ...] = added_later(())
+    """For a model that is told layouts: each row's boxes, "CLASS LEFT TOP RIGHT BOTTOM; ...", sides in shares of the
+    picture."""
+    semantic_map: str = added_later("")
+    """For a model that is told maps: a picture of which a pixel's grey is its class, 255 none; cut as pictures are."""
+    small: str = added_later("")
+    """For super-resolution: the picture of which a larger one is drawn."""
+    file_digests: tuple[str, ...] = added_later(())
+    """What these files must be, "picture=SHA256"; without it what lies there now is taken. A picture's own settings
+    name them."""
     is_separate: bool = added_later(False)
     """Write each picture by itself and without captions, in place of a grid."""
     launch: LaunchConfig = LaunchConfig()
@@ -73,10 +83,14 @@ class SampleConfig(Drawing):
         Drawing.__post_init__(self)
         if not self.prompts or not self.guidance:
             raise ValueError("a grid needs at least one prompt and one guidance scale")
+        for name in ("classes", "layouts"):
+            if len(getattr(self, name)) not in (0, len(self.prompts)):
+                raise ValueError(
+                    f"{name} are one for each of the {len(self.prompts)} prompts, got {getattr(self, name)}"
+                )
         if self.mask and not self.picture:
             raise ValueError("a mask needs a picture that it lies over: --picture FILE")
-        if self.strength < 1 and not self.picture:
-            raise ValueError(f"strength {self.strength} is of a picture to begin with: --picture FILE")
+        check_strength(self.strength, has_picture=bool(self.picture), has_mask=bool(self.mask))
 
     @property
     def drawing(self) -> Drawing:
@@ -87,11 +101,17 @@ class SampleConfig(Drawing):
         """Return the requests of the pictures that are written: the grid's own, or those of its pictures by row."""
         if not self.is_separate:
             return [self]
-        return [
-            replace(self, prompts=(prompt,), guidance=(scale,), seed=self.seed + row)
+        rows = [
+            replace(
+                self,
+                prompts=(prompt,),
+                seed=self.seed + row,
+                classes=self.classes[row : row + 1],
+                layouts=self.layouts[row : row + 1],
+            )
             for row, prompt in enumerate(self.prompts)
-            for scale in self.guidance
         ]
+        return [replace(row, guidance=(scale,)) for row in rows for scale in self.guidance]
 
     def picture_paths(self) -> list[str]:
         """Return where the pictures lie: the same request of the same model has the same name."""
@@ -101,20 +121,20 @@ class SampleConfig(Drawing):
         return [storage.join(self.root, f"{kind}-{name}.png") for name in names]
 
     def identified(self) -> SampleConfig:
-        """Return the request with the digests of its model, picture and mask, and their whole addresses.
+        """Return the request with the digests of its model and files, and their whole addresses.
 
         Raises:
             ValueError: if one of them can't be read, or is not the one that the request names.
         """
-        found = {"model": model_digest(load_card(self.model_folder()))}
-        found |= {name: _file_digest(getattr(self, name)) for name in ("picture", "mask") if getattr(self, name)}
-        for name, digest in found.items():
-            named = getattr(self, f"{name}_digest")
-            if named and named != digest:
-                raise ValueError(_is_another(name, getattr(self, name), named))
-        known: dict[str, Any] = {name: _whole(getattr(self, name)) for name in found}
-        known |= {f"{name}_digest": digest for name, digest in found.items()}
-        return replace(self, **known)
+        digest = model_digest(load_card(self.model_folder()))
+        files = {name: getattr(self, name) for name in FILES if getattr(self, name)}
+        found = {name: _file_digest(path) for name, path in files.items()}
+        for name, _, named in (entry.partition("=") for entry in self.file_digests):
+            if named != found.get(name):
+                raise ValueError(_is_another(name, files.get(name, "no place"), named, "--file-digests"))
+        whole: dict[str, Any] = {name: _whole(path) for name, path in {"model": self.model, **files}.items()}
+        named_files = tuple(f"{name}={sha256}" for name, sha256 in found.items())
+        return replace(self, **whole, model_digest=digest, file_digests=named_files)
 
     def model_folder(self) -> str:
         """Return where the model lies: at its address, or among those that this held before.
@@ -127,7 +147,7 @@ class SampleConfig(Drawing):
         try:
             return find_model(self.model, self.model_digest)
         except ValueError as error:
-            raise ValueError(_is_another("model", self.model, self.model_digest)) from error
+            raise ValueError(_is_another("model", self.model, self.model_digest, '--model-digest ""')) from error
 
 
 def sample_worker(
@@ -169,10 +189,10 @@ def _whole(address: str) -> str:
     return str(Path(address).expanduser().absolute()) if storage.is_local(address) else address
 
 
-def _is_another(name: str, place: str, digest: str) -> str:
+def _is_another(name: str, place: str, digest: str, takes: str) -> str:
     return (
-        f"at {place} lies another {name} than the one that is asked for, {digest[:16]}: --{name} says where that lies, "
-        f'--{name}-digest "" takes what is there'
+        f"at {place} lies another {name} than the one that is asked for, {digest[:16]}: "
+        f"--{name.replace('_', '-')} says where that lies, {takes} takes what is there"
     )
 
 
@@ -192,11 +212,34 @@ class _Steps:
 
 
 def _given(config: SampleConfig, model: TextToImage, count: int) -> Given | None:
-    if not config.picture:
-        return None
-    own = picture_from(config.picture)
+    """Return what every row and column of the grid is given; none where nothing is."""
     size = config.height or model.trained_size[0], config.width or model.trained_size[1]
-    masks = None
+    columns = len(config.guidance)
+    parts: dict[str, Any] = {}
+    if config.classes:
+        parts["classes"] = tuple(number for number in config.classes for _ in range(columns))
+    if config.layouts:
+        layouts = [layout_from(_boxes_in(text)) for text in config.layouts]
+        parts["layouts"] = tuple(layout for layout in layouts for _ in range(columns))
+    if config.semantic_map:
+        parts["maps"] = np.stack([fitted_map(map_from(config.semantic_map), size)] * count)
+    if config.small:
+        parts["small"] = np.stack([picture_from(config.small)] * count)
+    if config.picture:
+        parts |= _begun(config, size, count)
+    return Given(**parts) if parts else None
+
+
+def _boxes_in(text: str) -> list[list[float]]:
+    try:
+        return [[float(number) for number in box.split()] for box in text.split(";") if box.strip()]
+    except ValueError as error:
+        raise ValueError(f"a layout is 'CLASS LEFT TOP RIGHT BOTTOM; ...', got {text!r}") from error
+
+
+def _begun(config: SampleConfig, size: tuple[int, int], count: int) -> dict[str, Any]:
+    """Return the picture to begin with and its mask, as parts of what is given."""
+    own = picture_from(config.picture)
     if config.mask:
         mask = mask_from(config.mask)
         if mask.shape != own.shape[:2]:
@@ -204,8 +247,8 @@ def _given(config: SampleConfig, model: TextToImage, count: int) -> Given | None
                 f"the mask has {mask.shape[1]} x {mask.shape[0]} px, the picture {own.shape[1]} x {own.shape[0]} px: "
                 "they must lie over each other"
             )
-        masks = np.stack([fitted_mask(mask, size)] * count)
-    return Given(pixels=np.stack([fitted(own, size)] * count), masks=masks)
+    pixels = np.stack([fitted(own, size)] * count)
+    return {"pixels": pixels, **({"masks": np.stack([fitted_mask(mask, size)] * count)} if config.mask else {})}
 
 
 def cut_prompts(model: TextToImage, prompts: Sequence[str]) -> str:
