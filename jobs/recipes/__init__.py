@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jobs.recipes import emoji, folder, laion, paper, reshard, shipped
+from jobs.recipes import emoji, folder, laion, paper, reshard, scenes, shipped
 from jobs.wiring.evaluate import EvaluateConfig
 from jobs.wiring.precompute_latents import PrecomputeLatentsConfig
 from jobs.wiring.sample import SampleConfig
@@ -20,7 +20,9 @@ SHARD_DATASET: dict[str, Callable[[str], ShardDatasetConfig]] = {
     "folder": folder.shard_dataset,
     "laion": laion.shard_dataset,
     "reshard": reshard.shard_dataset,
+    "scenes": scenes.shard_dataset,
     "shipped": shipped.shard_dataset,
+    "things": scenes.shard_things,
 }
 TRAIN_AUTOENCODER: dict[str, Callable[[str], TrainAutoencoderConfig]] = {
     "emoji": emoji.train_autoencoder,
@@ -34,12 +36,15 @@ PRECOMPUTE_LATENTS: dict[str, Callable[[str], PrecomputeLatentsConfig]] = {
     "emoji": emoji.precompute_latents,
     "folder": folder.precompute_latents,
     "laion": laion.precompute_latents,
+    "scenes": scenes.precompute_latents,
+    "things": scenes.precompute_things,
     **paper.PRECOMPUTE_LATENTS,
 }
 TRAIN_LDM: dict[str, Callable[[str], TrainLdmConfig]] = {
     "emoji": emoji.train_ldm,
     "folder": folder.train_ldm,
     "laion": laion.train_ldm,
+    **scenes.TRAIN_LDM,
     **paper.TRAIN_LDM,
 }
 EVALUATE: dict[str, Callable[[str], EvaluateConfig]] = {
@@ -51,4 +56,5 @@ SAMPLE: dict[str, Callable[[str], SampleConfig]] = {
     "emoji": emoji.sample,
     "folder": folder.sample,
     "laion": laion.sample,
+    **scenes.SAMPLE,
 }

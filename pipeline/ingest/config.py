@@ -19,6 +19,7 @@ from pipeline.sources.emoji import EmojiConfig
 from pipeline.sources.folder import FolderConfig
 from pipeline.sources.image_parquet import ImageParquetConfig
 from pipeline.sources.mixture import MixtureConfig
+from pipeline.sources.scenes import ScenesConfig
 from pipeline.sources.tables import UrlTableConfig
 from pipeline.sources.tars import TarsConfig
 from pipeline.store.schema import JSON
@@ -37,6 +38,7 @@ class DatasetConfig(Config):
     """Folder or URL that the dataset is written to."""
     source: (
         EmojiConfig
+        | ScenesConfig
         | FolderConfig
         | UrlTableConfig
         | TarsConfig

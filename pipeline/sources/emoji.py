@@ -98,8 +98,7 @@ class EmojiSource:
     @cached_property
     def digest(self) -> str:
         """Digest of the configuration, the packages' versions and the drawings' names."""
-        packages = ["emoji", *(_PACKAGES[style].distribution for style in self.config.styles)]
-        versions = {package: version(package) for package in packages}
+        versions = package_versions(self.config.styles)
         return digest_of({"config": self.config.to_dict(), "versions": versions, "keys": self._listing.keys_of_split})
 
     def shard_names(self, split: Split) -> Sequence[str]:
@@ -156,6 +155,17 @@ class EmojiSource:
         share = self.config.holdout_share
         drawings = ((split_of(drawing.label, share), drawing) for drawing in self._drawing_of_name.values())
         return Listing.of(drawings, self.config.rows_per_shard).without(self._known)
+
+
+def package_versions(styles: Sequence[EmojiStyle]) -> dict[str, str]:
+    """Return the version of each package that names and drawings of these styles come from."""
+    packages = ["emoji", *(_PACKAGES[style].distribution for style in styles)]
+    return {package: version(package) for package in packages}
+
+
+def svg_of_label(style: EmojiStyle) -> dict[str, Path]:
+    """Return the drawing of each emoji of a style, by its Unicode name in words."""
+    return {drawing.label: drawing.path for drawing in _drawings(EmojiConfig(styles=(style,)))}
 
 
 def _drawings(config: EmojiConfig) -> Iterator[_Drawing]:

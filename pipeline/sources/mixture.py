@@ -17,6 +17,7 @@ from ldm.config import Config, digest_of
 from pipeline.sources.emoji import EmojiConfig
 from pipeline.sources.folder import FolderConfig
 from pipeline.sources.image_parquet import ImageParquetConfig
+from pipeline.sources.scenes import ScenesConfig
 from pipeline.sources.source import Source, fraction_of
 from pipeline.sources.tables import UrlTableConfig
 from pipeline.sources.tars import TarsConfig
@@ -25,11 +26,12 @@ from pipeline.store.schema import SourceRow, Split, key_of
 PART_MARK = "!"
 """Stands in a shard's name between the source's name and the rest."""
 
-MixedConfig: TypeAlias = EmojiConfig | FolderConfig | UrlTableConfig | TarsConfig | ImageParquetConfig
+MixedConfig: TypeAlias = EmojiConfig | ScenesConfig | FolderConfig | UrlTableConfig | TarsConfig | ImageParquetConfig
 """A source that may be mixed."""
 
 _KIND_NAMES = {
     EmojiConfig: "emoji",
+    ScenesConfig: "scenes",
     FolderConfig: "folder",
     UrlTableConfig: "table",
     TarsConfig: "tars",
