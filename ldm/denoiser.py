@@ -63,6 +63,10 @@ def check_denoiser(
             f"conditions of {'tokens' if conditioning.has_states else 'no tokens'} ask for a UNet "
             f"{'with' if conditioning.has_states else 'without'} context_width, got {unet.context_width}"
         )
+    if unet.num_levels != conditioning.noise_levels:
+        raise ValueError(
+            f"{conditioning.noise_levels} noise_levels of small pictures are told, the unet hears {unet.num_levels}"
+        )
     has_vectors = unet.pooled_width is not None
     if conditioning.has_sizes != has_vectors or (has_vectors and unet.pooled_width != pooled_width):
         raise ValueError(

@@ -43,6 +43,9 @@ class Drawing(Config):
     strength: float = added_later(1.0)
     """With a picture to begin with: share of the steps that are made, from the picture under noise on; 1 begins with
     noise alone, as inpainting does."""
+    noise_level: int = added_later(0)
+    """With a small picture: level of the noise that is laid over it, for models that were trained with noise_levels:
+    the higher, the more the model invents."""
 
     @property
     def num_steps(self) -> int:
@@ -54,6 +57,8 @@ class Drawing(Config):
             raise ValueError(f"height and width can't be negative, got {self.height} and {self.width}")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], got {self.strength}")
+        if self.noise_level < 0:
+            raise ValueError(f"noise_level can't be negative, got {self.noise_level}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -147,7 +152,7 @@ def check_strength(strength: float, *, has_picture: bool, has_mask: bool) -> Non
         )
 
 
-def check_told(config: ConditioningConfig, given: Given) -> None:
+def check_told(config: ConditioningConfig, given: Given, noise_level: int = 0) -> None:
     """Refuse what a model can't be told, and what it must be told and is not.
 
     Raises:
@@ -165,6 +170,8 @@ def check_told(config: ConditioningConfig, given: Given) -> None:
         raise ValueError(f"this model is told {' and '.join(lacking)}, which must be given with every picture")
     if idle := [name for name in ("classes", "layouts", "maps", "small") if name in there and not needed[name]]:
         raise ValueError(f"this model is not told {' or '.join(idle)}: it was trained without")
+    if noise_level >= max(1, config.noise_levels):
+        raise ValueError(f"noise_level {noise_level} is not among the {config.noise_levels} that this model was told")
 
 
 def checked_size(drawing: Drawing, given: Given, trained: tuple[int, int], multiple: int) -> tuple[int, int]:

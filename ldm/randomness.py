@@ -39,6 +39,8 @@ class Draw(IntEnum):
     BUCKET = 11
     CROP = 12
     MASK = 13
+    LEVEL = 14
+    SMALL_NOISE = 15
     CODE = 20
 
 

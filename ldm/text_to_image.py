@@ -160,8 +160,8 @@ class TextToImage:
         numbers |= given.counts()
         if wrong := [f"{number} {name}" for name, number in numbers.items() if number != count]:
             raise ValueError(f"as many are needed of each as there are prompts, {count}: got {', '.join(wrong)}")
-        check_told(self.card.conditioning, given)
         drawing = drawing or Drawing(sampler=self.card.sampler)
+        check_told(self.card.conditioning, given, drawing.noise_level)
         check_strength(drawing.strength, has_picture=given.pixels is not None, has_mask=given.masks is not None)
         size = checked_size(drawing, given, self.trained_size, self.multiple)
         condition = self.condition(prompts)
@@ -171,7 +171,7 @@ class TextToImage:
             stop = min(start + batch_size, count)
             away = null_text if null_text.num_rows == 1 else null_text.rows(start, stop)
             begun = given.rows(start, stop)
-            told = self._told(condition.rows(start, stop), begun, stop - start, size)
+            told = self._told(condition.rows(start, stop), begun, seeds[start:stop], size, drawing.noise_level)
             denoise = self._denoiser(told, away, scales[start:stop], drawing.form)
             watch = None if on_step is None else partial(_tell, on_step, start, stop, drawing.num_steps)
             latent = self._sampled(denoise, seeds[start:stop], size, drawing, begun, watch)
@@ -230,9 +230,11 @@ class TextToImage:
         return sample(denoise, self._noise(seeds, shape), self._schedule, sampler, step_noise(0, seeds, shape))
 
     @torch.no_grad()
-    def _told(self, text: Condition, given: Given, count: int, size: tuple[int, int]) -> Condition:
+    def _told(
+        self, text: Condition, given: Given, seeds: Sequence[int], size: tuple[int, int], noise_level: int
+    ) -> Condition:
         """Return what the denoiser is told of a batch: its text, and what is given beside it, as of a cache's rows."""
-        config, factor = self.card.conditioning, self._autoencoder.config.factor
+        config, factor, count = self.card.conditioning, self._autoencoder.config.factor, len(seeds)
         columns = given.columns(count, size)
         if config.has_masked_image and given.pixels is not None and given.masks is not None:
             hidden = torch.from_numpy(given.masks)[:, None].float()
@@ -242,13 +244,13 @@ class TextToImage:
             columns["masked_moments"] = self._autoencoder.encode(seen.to(self.device)).float().cpu()
         batch = LatentBatch(
             keys=("",) * count,
-            samples=torch.arange(count),
+            samples=torch.tensor([seed % 2**63 for seed in seeds]),  # int64 holds no more
             moments=torch.empty(count, 0, size[0] // factor, size[1] // factor),
             condition=text.to(torch.device("cpu"), torch.float32),
             columns=columns,
         )
         rows = RowConditions(config=config, space=self.card.space, factor=factor, seed=0)
-        return rows.whole(batch).to(self.device, torch.float32)
+        return rows.whole(batch, noise_level).to(self.device, torch.float32)
 
     def _denoiser(
         self, condition: Condition, null_text: Condition, scales: Sequence[float], form: GuidanceForm

@@ -36,6 +36,8 @@ TokenNumbers = Int[Tensor, "b l"]
 """Numbers of tokens in a vocabulary."""
 ClassNumbers = Int[Tensor, "b"]
 """Numbers of classes."""
+NoiseLevels = Int[Tensor, "b"]
+"""Levels of noise over what lies beside a latent, 0 the lowest."""
 SemanticMap = Int[Tensor, "b y x"]
 """Number of each pixel's class, -1 for none."""
 SampleIndex = Int[Tensor, "b"]
@@ -57,6 +59,7 @@ class Condition:
         class_id: each row's class, shape (b,), or None: a trained table makes a token of it.
         layout: numbers of a layout's tokens, shape (b, l), or None: a trained transformer makes states of them.
         semantic_map: class of each pixel, -1 for none, shape (b, y, x), or None: trained channels beside the latent.
+        level: how much noise lies over what is beside the latent, shape (b,), or None.
     """
 
     states: TextStates | None = None
@@ -68,6 +71,7 @@ class Condition:
     class_id: ClassNumbers | None = None
     layout: TokenNumbers | None = None
     semantic_map: SemanticMap | None = None
+    level: NoiseLevels | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Condition]) -> Condition:

@@ -72,6 +72,7 @@ TOLD = {
     "trained text": ConditioningConfig(text=TextUse.TRAINED, text_transformer=SMALL),
     "map": replace(NO_TEXT, map_classes=2, map_channels=2),
     "small image": replace(NO_TEXT, has_low_res=True),
+    "noisy small image": replace(NO_TEXT, has_low_res=True, noise_levels=20),
     "masked image": replace(NO_TEXT, has_masked_image=True),
     "sizes and vector": ConditioningConfig(has_sizes=True),
     "told": replace(NO_TEXT, num_classes=3, has_layout=True, layout_transformer=LAYOUT, map_classes=2, map_channels=1),
@@ -147,7 +148,8 @@ def training(folder: Path, name: str, total_samples: int) -> TrainLdmConfig:
     """Return a training that is told one thing."""
     told = TOLD[name]
     tiny = tiny_config(folder, name.replace(" ", "-"), total_samples)
-    unet = replace(tiny.unet, in_channels=2 + told.spatial_channels(latent_channels=2))
+    beside = told.spatial_channels(latent_channels=2)
+    unet = replace(tiny.unet, in_channels=2 + beside, num_levels=told.noise_levels)
     if told.has_sizes:
         width = CLIP_WIDTH + BIG_WIDTH
         return replace(

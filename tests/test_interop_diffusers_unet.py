@@ -71,6 +71,8 @@ SAVED_THERE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "scale and shift": ({**SD2, **FILM}, {"time_form": TimeForm.SCALE_SHIFT}),
     "celebahq": ({**PLAIN, "attention_head_dim": 8}, {"head_channels": 8, "context_width": None}),
     "one head": ({**PLAIN, "attention_head_dim": None}, {"num_heads": 1, "attention": AttentionForm.PLAIN}),
+    "levels of noise": ({**SD2, "num_class_embeds": 5, "in_channels": 7}, {"num_levels": 5, "in_channels": 7}),
+    "levels of noise, plain": ({**PLAIN, "attention_head_dim": 8, "num_class_embeds": 5}, {"num_levels": 5}),
     "residual": ({**PLAIN, **RESIDUAL}, {"resampling": Resampling.RESIDUAL, "attention_factors": (2, 4)}),
     "residual, scale and shift": (
         {**PLAIN, **RESIDUAL, **FILM, "attn_norm_num_groups": 8},
@@ -140,6 +142,9 @@ def assert_equal_outputs(ours: UNet, theirs: torch.nn.Module, side: int = 8) -> 
         sizes = torch.tensor([[1024.0, 768, 0, 128, 1024, 1024], [300, 200, 10, 0, 256, 256]])
         words["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
         condition = dataclasses.replace(condition, pooled=pooled, sizes=sizes)
+    if config.num_levels:
+        level = torch.tensor([config.num_levels - 1, 1])
+        words["class_labels"], condition = level, dataclasses.replace(condition, level=level)
     with torch.no_grad():
         expected = theirs(noisy, timestep, **words).sample
         assert expected.std() > 0.01

@@ -31,7 +31,17 @@ from tests.test_conditional_training import COLOURS, COLUMNS, NUM_ROWS, SIDE, TO
 from tests.tiny_training import run
 
 __all__ = ["folder"]  # the fixture: a dataset of squares and its caches
-NAMES = ["class", "layout", "map", "small image", "masked image", "sizes and vector", "hybrid", "trained text"]
+NAMES = [
+    "class",
+    "layout",
+    "map",
+    "small image",
+    "noisy small image",
+    "masked image",
+    "sizes and vector",
+    "hybrid",
+    "trained text",
+]
 ROWS = 5
 DRAWING = Drawing(sampler=SamplerConfig(num_steps=2))
 
@@ -89,12 +99,12 @@ def test_what_is_given_is_told_as_the_cache_of_the_same_picture_tells_it(
     model, batch, expected = told
     requests = requests_for(batch, model)
     found = []
-    for request in requests:
+    for request, sample in zip(requests, batch.samples.tolist(), strict=True):
         parts = request.given()
         given = Given(
             **{name: (part,) if name in ("classes", "layouts") else np.stack([part]) for name, part in parts.items()}
         )
-        found.append(model._told(model.condition([request.prompt]), given, 1, (SIDE, SIDE)))
+        found.append(model._told(model.condition([request.prompt]), given, [sample], (SIDE, SIDE), 0))
     joined = Condition.joined(found)
     for part in fields(Condition):
         one, other = getattr(joined, part.name), getattr(expected, part.name)

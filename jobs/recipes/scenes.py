@@ -5,7 +5,7 @@ python -m jobs.precompute_latents scenes --home HOME
 python -m jobs.train_ldm scenes_layout --home HOME      # or scenes_map, scenes_inpainting, scenes_upscaling
 python -m jobs.sample scenes_layout --home HOME
 
-Classes: `things`, pictures of one drawing each, in the same order and a home of its own; its training is `things_class`.
+Classes: `things`, pictures of one drawing each, in a home of its own; its training is `things_class`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ THINGS = ScenesConfig(fewest=1, most=1, smallest=0.5, largest=0.95)
 MAP_CHANNELS = 8
 FACTOR = 4
 """By how much super-resolution enlarges."""
+NOISE_LEVELS = 350
+"""Of noise that may lie over the small picture, as in Stable Diffusion's upscaler."""
 LAYOUT = TokenTransformerConfig(vocab_size=1_024, max_tokens=14, depth=4, num_heads=4, head_channels=32)
 """Four boxes with corners on a grid of 32 x 32."""
 TOLD = {
@@ -45,7 +47,7 @@ TOLD = {
         text=TextUse.NONE, map_classes=len(SCENES.classes), map_channels=MAP_CHANNELS, map_dropout=0.1
     ),
     "scenes_inpainting": ConditioningConfig(text=TextUse.NONE, has_masked_image=True),
-    "scenes_upscaling": ConditioningConfig(text=TextUse.NONE, has_low_res=True),
+    "scenes_upscaling": ConditioningConfig(text=TextUse.NONE, has_low_res=True, noise_levels=NOISE_LEVELS),
     "things_class": ConditioningConfig(text=TextUse.NONE, num_classes=len(THINGS.classes)),
 }
 """What each task's denoiser is told."""
@@ -131,7 +133,8 @@ def _guidance(told: ConditioningConfig) -> float:
 
 def _network(told: ConditioningConfig) -> UNetConfig:
     beside = unets.emoji().out_channels + told.spatial_channels(unets.emoji().out_channels)
-    return replace(unets.emoji(), in_channels=beside, context_width=WIDTH if told.has_states else None)
+    width = WIDTH if told.has_states else None
+    return replace(unets.emoji(), in_channels=beside, context_width=width, num_levels=told.noise_levels)
 
 
 def _record(home: str, name: str) -> str:

@@ -211,6 +211,7 @@ def _condition(
         class_id=torch.zeros(rows, dtype=torch.int64) if config.num_classes else None,
         layout=layout,
         semantic_map=torch.zeros(rows, *told.pixels, dtype=torch.int64) if config.map_classes else None,
+        level=torch.zeros(rows, dtype=torch.int64) if config.noise_levels else None,
     )
 
 

@@ -21,8 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldm.conditioning.layout import num_objects
+from ldm.conditioning.noise_levels import MOST_LEVELS
 from ldm.conditioning.transformer import TokenTransformer, TokenTransformerConfig
-from ldm.config import Config
+from ldm.config import Config, added_later
 from ldm.types import ClassNumbers, Condition, Latent, SemanticMap, SpatialCondition, TextMask, TextStates
 
 LAYOUT_TRANSFORMER = TokenTransformerConfig(vocab_size=8_192, max_tokens=92, depth=16)
@@ -71,6 +72,9 @@ class ConditioningConfig(Config):
     """Whether a mask and the latent of the image without it lie beside the noisy latent, for inpainting."""
     has_sizes: bool = False
     """Whether the original size and the crop are told, as in SDXL."""
+    noise_levels: int = added_later(0)
+    """Levels of noise that may lie over the small copy: the first timesteps of a linear schedule of 1,000 (350 in
+    Stable Diffusion's upscaler). Training draws one for each row; 0 lays none."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "map_classes"):
@@ -83,6 +87,11 @@ class ConditioningConfig(Config):
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.has_layout:
             num_objects(self.layout_transformer)
+        if not 0 <= self.noise_levels <= MOST_LEVELS or (self.noise_levels and not self.has_low_res):
+            raise ValueError(
+                f"noise_levels, from 0 to {MOST_LEVELS}, are of the small copy that has_low_res tells, "
+                f"got {self.noise_levels} and has_low_res {self.has_low_res}"
+            )
 
     @property
     def is_trained(self) -> bool:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
 from ldm.conditioning.layout import layout_tokens, null_layout
+from ldm.conditioning.noise_levels import with_noise
 from ldm.latents import LatentSpace
-from ldm.randomness import Draw, uniform
+from ldm.randomness import Draw, normal, uniform
 from ldm.types import Condition, LatentBatch, SpatialCondition
 
 
@@ -41,20 +42,25 @@ class RowConditions:
 
     def drawn(self, batch: LatentBatch) -> Condition:
         """Return the conditions for a training step, some of them dropped."""
-        config, draws = self.config, uniform(self.seed, Draw.DROPOUT, batch.samples.tolist())
+        config, samples = self.config, batch.samples.tolist()
+        draws = uniform(self.seed, Draw.DROPOUT, samples)
         return self._condition(
             batch,
+            level=(uniform(self.seed, Draw.LEVEL, samples) * config.noise_levels).long(),
             no_class=draws < config.class_dropout,
             no_layout=draws < config.layout_dropout,
             no_map=draws < config.map_dropout,
         )
 
-    def whole(self, batch: LatentBatch) -> Condition:
-        """Return the conditions with nothing dropped, for measurements."""
+    def whole(self, batch: LatentBatch, level: int = 0) -> Condition:
+        """Return the conditions with nothing dropped, and all small pictures at one level of noise, if any."""
         never = torch.zeros(len(batch.keys), dtype=torch.bool)
-        return self._condition(batch, no_class=never, no_layout=never, no_map=never)
+        levels = torch.full((len(batch.keys),), level)
+        return self._condition(batch, level=levels, no_class=never, no_layout=never, no_map=never)
 
-    def _condition(self, batch: LatentBatch, *, no_class: Tensor, no_layout: Tensor, no_map: Tensor) -> Condition:
+    def _condition(
+        self, batch: LatentBatch, *, level: Tensor, no_class: Tensor, no_layout: Tensor, no_map: Tensor
+    ) -> Condition:
         config, text = self.config, batch.condition
         if config.text is TextUse.NONE:
             text = Condition()
@@ -62,7 +68,8 @@ class RowConditions:
             _check_numbers("token", text.tokens, config.text_transformer.vocab_size)
         return replace(
             text,
-            spatial=self._spatial(batch),
+            spatial=self._spatial(batch, level),
+            level=level if config.noise_levels else None,
             sizes=self._sizes(batch) if config.has_sizes else None,
             class_id=self._class_id(batch, no_class) if config.num_classes else None,
             layout=self._layout(batch, no_layout) if config.has_layout else None,
@@ -91,7 +98,7 @@ class RowConditions:
         target = torch.tensor([side * self.factor for side in batch.moments.shape[-2:]], dtype=torch.float32)
         return torch.cat([size, crop[:, :2] / crop[:, 2:] * target, target.expand_as(size)], dim=1)
 
-    def _spatial(self, batch: LatentBatch) -> SpatialCondition | None:
+    def _spatial(self, batch: LatentBatch, level: Tensor) -> SpatialCondition | None:
         """Return mask and masked image's latent, then the small image, at the latent's size.
 
         Mask first is Stable Diffusion's order; the paper's inpainting_big was released with the mask last, so its
@@ -102,7 +109,11 @@ class RowConditions:
             masked = column(batch.columns, "masked_moments")
             parts += [column(batch.columns, "mask"), self.space.scaled_mode(masked)]
         if self.config.has_low_res:
-            parts.append(_resized(column(batch.columns, "low_res"), batch.moments.shape[-2:]))
+            small = _resized(column(batch.columns, "low_res"), batch.moments.shape[-2:])
+            if self.config.noise_levels:
+                noise = normal(self.seed, Draw.SMALL_NOISE, batch.samples.tolist(), tuple(small.shape[1:]))
+                small = with_noise(small, level, noise)
+            parts.append(small)
         return torch.cat(parts, dim=1) if parts else None
 
 

@@ -27,7 +27,6 @@ _COMMON: Facts = {
     "freq_shift": 0,
     "mid_block_scale_factor": 1,
     "norm_eps": 1e-5,
-    "num_class_embeds": None,
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
 }
@@ -84,6 +83,7 @@ def unet_facts(config: UNetConfig) -> Facts:
         "layers_per_block": config.num_res_blocks,
         "norm_num_groups": config.norm_groups,
         "resnet_time_scale_shift": _key_of(_TIME_FORMS, config.time_form),
+        "num_class_embeds": config.num_levels or None,
     }
     match config.attention:
         case AttentionForm.TRANSFORMER:
@@ -130,6 +130,7 @@ def unet_config(facts: Facts, folder: str) -> UNetConfig:
         norm_groups=facts.get("norm_num_groups", 32),
         time_form=_one_of(_TIME_FORMS, facts, "resnet_time_scale_shift", "default", folder),
         resampling=_resampling(facts, folder),
+        num_levels=facts.get("num_class_embeds") or 0,
         **({"context_width": None} if is_plain else _transformers(facts, attends, folder)),
     )
     expected = unet_facts(config)

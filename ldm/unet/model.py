@@ -76,6 +76,8 @@ class UNetConfig(Config):
     """Width of the whole caption's vector, heard with six sizes of the picture beside the time; none for neither."""
     size_width: int = added_later(256)
     """Sinusoids of each of the six sizes; only with `pooled_width`."""
+    num_levels: int = added_later(0)
+    """Levels of noise over what lies beside the latent, a vector of each heard beside the time; 0 for none."""
 
     def __post_init__(self) -> None:
         counts = ("in_channels", "out_channels", "base_channels", "num_res_blocks", "norm_groups")
@@ -83,6 +85,8 @@ class UNetConfig(Config):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
+        if self.num_levels < 0:
+            raise ValueError(f"num_levels can't be negative, got {self.num_levels}")
         for name in ("base_channels", "size_width"):
             if getattr(self, name) % 2 or getattr(self, name) < 2:
                 raise ValueError(f"{name} must be even (half cosines, half sines), got {getattr(self, name)}")
@@ -181,6 +185,8 @@ class UNet(nn.Module):
         self.time_embedding = TimeMLP(widths[0], 4 * widths[0])
         if config.pooled_width is not None:
             self.add_embedding = TimeMLP(config.pooled_width + NUM_SIZES * config.size_width, 4 * widths[0])
+        if config.num_levels:
+            self.class_embedding = nn.Embedding(config.num_levels, 4 * widths[0])
         self.down_blocks = nn.ModuleList(
             DownLevel(widths[max(level - 1, 0)], _shape(config, level), num_blocks=blocks, is_last=level == last)
             for level in range(last + 1)
@@ -206,7 +212,8 @@ class UNet(nn.Module):
             noisy: the corrupted latent.
             timestep: a time for each row, whole or fractional.
             condition: what the config has a use for: the tokens to attend to and which of them are real, what lies
-                beside the latent, the caption's vector and the sizes. Vector and sizes without use are not heard.
+                beside the latent and how much noise over it, the caption's vector and the sizes. Vector, sizes and
+                level without use are not heard.
 
         Raises:
             ValueError: if the input's sides or channels, or the condition, do not fit the config.
@@ -229,6 +236,8 @@ class UNet(nn.Module):
     def _embedded(self, timestep: Float[Tensor, "b"], condition: Condition, dtype: torch.dtype) -> TimeEmbedding:
         """Return the embedding of the time, to which SDXL's adds vector and sizes (Podell et al. 2023, section 2.2)."""
         embedding: Tensor = self.time_embedding(sinusoids(timestep, self.config.base_channels).to(dtype))
+        if self.config.num_levels:
+            embedding = embedding + self.class_embedding(condition.level)
         if self.config.pooled_width is None:
             return embedding
         assert condition.pooled is not None
@@ -268,6 +277,8 @@ def check_fit(config: UNetConfig, noisy: Float[Tensor, "b i h w"], condition: Co
         raise ValueError(
             f"the condition must have no mask where it has no tokens, got one of {condition.mask.shape[-1]}"
         )
+    if config.num_levels and condition.level is None:
+        raise ValueError(f"the condition must have a level of noise for each row, below {config.num_levels}, got none")
     if config.pooled_width is None:
         return
     if condition.pooled is None or condition.pooled.shape[-1] != config.pooled_width:
