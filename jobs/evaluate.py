@@ -12,7 +12,7 @@ from jobs.wiring.evaluate import evaluate_worker, report_there, verdict
 from jobs.wiring.publishing import publish_evaluation
 from jobs.wiring.recording import first_validation
 from jobs.wiring.training import launch
-from ldm.text_to_image import load_card, model_digest
+from ldm.model_card import load_card, model_digest
 
 
 @report_errors()

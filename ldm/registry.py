@@ -30,16 +30,9 @@ from mlflow.types import DataType, ParamSchema, ParamSpec
 
 from ldm import storage
 from ldm.drawing import Drawing
+from ldm.model_card import AUTOENCODER_FOLDER, ModelCard, find_model, load_card, model_digest
 from ldm.requests import Request, draw, layout_from, map_from, mask_from, picture_from
-from ldm.text_to_image import (
-    AUTOENCODER_FOLDER,
-    ModelCard,
-    TextToImage,
-    find_model,
-    load_card,
-    load_text_to_image,
-    model_digest,
-)
+from ldm.text_to_image import TextToImage, load_text_to_image
 
 POINTER = "pointer"
 CHAMPION = "champion"

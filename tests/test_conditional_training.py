@@ -33,8 +33,9 @@ from ldm.diffusion.schedule import Schedule
 from ldm.evaluation.denoising import Denoising
 from ldm.interop.diffusers import save_autoencoder
 from ldm.interop.weights import load_weights
+from ldm.model_card import load_card
 from ldm.samplers.sample import SamplerConfig
-from ldm.text_to_image import load_card, load_text_to_image
+from ldm.text_to_image import load_text_to_image
 from ldm.training.diffusion_task import ObjectiveConfig
 from ldm.training.engine import EngineConfig, EngineKind
 from ldm.training.world import World

@@ -24,10 +24,11 @@ from ldm.diffusion.schedule import ScheduleConfig, ScheduleKind
 from ldm.drawing import Drawing, Given, images_of
 from ldm.interop.pipeline_folder import INDEX_FILE, check_exportable, export_pipeline, folded
 from ldm.latents import LatentSpace
+from ldm.model_card import load_card, save_card
 from ldm.samplers.grids import Grid
 from ldm.samplers.sample import SamplerConfig, initial_noise
 from ldm.samplers.steppers import StepperKind
-from ldm.text_to_image import TextToImage, load_card, load_text_to_image, save_card
+from ldm.text_to_image import TextToImage, load_text_to_image
 from ldm.training.diffusion_task import ObjectiveConfig
 from tests.tiny_latents import write_autoencoder, write_latents
 from tests.tiny_text import CLIP_WIDTH, encoder_config, write_clip

@@ -12,8 +12,9 @@ import torch
 from jobs.wiring.sample import SampleConfig, sample_worker
 from jobs.wiring.train_ldm import TrainLdmConfig, check_inputs, checkpoint_store, is_done
 from ldm.interop.weights import load_weights
+from ldm.model_card import MODEL_FILE, load_card
 from ldm.samplers.sample import SamplerConfig
-from ldm.text_to_image import MODEL_FILE, load_card, load_text_to_image
+from ldm.text_to_image import load_text_to_image
 from ldm.training.checkpoint import KEEP_FILE
 from ldm.training.local_launch import Outcome, ignore
 from ldm.training.state import is_due

@@ -15,7 +15,8 @@ from jobs.wiring.train_ldm import check_inputs
 from ldm.autoencoder.regularizer import LatentKind
 from ldm.drawing import Drawing
 from ldm.evaluation.scores import psnr
-from ldm.text_to_image import load_card, load_text_to_image
+from ldm.model_card import load_card
+from ldm.text_to_image import load_text_to_image
 from pipeline.images import decode_pixels, image_of_pixels
 from pipeline.latent_plan import plan_latents
 from pipeline.latent_report import write_latent_report

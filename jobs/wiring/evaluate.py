@@ -24,7 +24,8 @@ from ldm.evaluation.frechet import frechet_distance, statistics_of
 from ldm.evaluation.protocol import EvaluationProtocol
 from ldm.evaluation.scores import psnr, ssim
 from ldm.first_stage import load_autoencoder
-from ldm.text_to_image import AUTOENCODER_FOLDER, TextToImage, load_card, load_text_to_image, model_digest
+from ldm.model_card import AUTOENCODER_FOLDER, load_card, model_digest
+from ldm.text_to_image import TextToImage, load_text_to_image
 from ldm.training.diffusion_task import usable_rows
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress

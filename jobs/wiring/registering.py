@@ -9,7 +9,7 @@ from jobs.session import code_version, without_warnings
 from jobs.wiring.recording import run_of
 from jobs.wiring.train_ldm import TrainLdmConfig
 from ldm import storage
-from ldm.text_to_image import load_card, model_digest
+from ldm.model_card import load_card, model_digest
 from ldm.training.attempts import read_attempts
 
 if TYPE_CHECKING:

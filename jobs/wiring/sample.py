@@ -17,8 +17,9 @@ from jobs.wiring.picture_settings import save_with_settings, settings_of
 from ldm import storage
 from ldm.config import added_later, digest_of
 from ldm.drawing import Drawing, Given, Pixels, check_strength
+from ldm.model_card import find_model, load_card, model_digest
 from ldm.requests import fitted, fitted_map, fitted_mask, layout_from, map_from, mask_from, picture_from
-from ldm.text_to_image import TextToImage, find_model, load_card, load_text_to_image, model_digest
+from ldm.text_to_image import TextToImage, load_text_to_image
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
 from ldm.training.tracking_config import TrackingConfig

@@ -23,17 +23,9 @@ from ldm.config import Config, added_later
 from ldm.denoiser import build_denoiser, check_denoiser, denoiser_digests, save_denoiser
 from ldm.first_stage import load_autoencoder
 from ldm.interop.diffusers import save_autoencoder, weights_digest
+from ldm.model_card import AUTOENCODER_FOLDER, MODEL_FILE, ModelCard, keep_model, load_card, model_digest, save_card
 from ldm.samplers.sample import SamplerConfig
-from ldm.text_to_image import (
-    AUTOENCODER_FOLDER,
-    MODEL_FILE,
-    ModelCard,
-    TextToImage,
-    keep_model,
-    load_card,
-    model_digest,
-    save_card,
-)
+from ldm.text_to_image import TextToImage
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig, call_in_own_dtype
 from ldm.training.ema import EmaConfig

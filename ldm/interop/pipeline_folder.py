@@ -26,8 +26,9 @@ from ldm.diffusion.process import Prediction
 from ldm.diffusion.schedule import ScheduleConfig, ScheduleKind, betas
 from ldm.interop.diffusers import CONFIG_NAME, load_autoencoder, save_autoencoder
 from ldm.latents import LatentSpace
+from ldm.model_card import AUTOENCODER_FOLDER, ModelCard, load_card
 from ldm.samplers.grids import Grid
-from ldm.text_to_image import AUTOENCODER_FOLDER, ModelCard, load_card, load_text_to_image
+from ldm.text_to_image import load_text_to_image
 
 INDEX_FILE = "model_index.json"
 PREDICTIONS = {
