@@ -1,20 +1,27 @@
 """Draws a grid of prompts x guidance scales with a finished model.
 
 python -m jobs.sample [RECIPE] [--home DIR] [--prompts "a red heart" "a green apple"] [--guidance 1 3 7]
-    --picture FILE --strength 0.6            begins with a picture
-    --picture FILE --mask FILE               draws a picture anew where the mask is light
-    --height 128 --width 256                 larger than trained
+    --height 128 --width 256 [--tile 64]     larger than trained
     --is-separate                            each picture in a file of its own
+python -m jobs.sample TASK [RECIPE] ...
+    vary --picture FILE --strength 0.6       pictures like one that is given
+    inpaint --picture FILE --mask FILE       a picture anew where the mask is light
+    outpaint --picture FILE --margins 0 0 32 0   a picture with more around it: left, top, right, bottom
+    upscale --small FILE                     a small picture larger
+    interpolate --prompts "a sun" "a moon"   the way from one to the other
 python -m jobs.sample --repeat PICTURE.png   draws what the settings in a picture say
 """
 
 from __future__ import annotations
+
+import sys
 
 from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import SAMPLE
 from jobs.session import is_main_process, prepare
 from jobs.wiring.publishing import publish_picture
 from jobs.wiring.sample import sample_worker
+from jobs.wiring.sample_tasks import with_task
 from jobs.wiring.training import launch
 from ldm import storage
 
@@ -23,12 +30,12 @@ from ldm import storage
 def main() -> None:
     """Draw the pictures, unless these very ones are there."""
     prepare()
-    asked = from_command_line("sample", SAMPLE)
+    asked = from_command_line("sample", SAMPLE, with_task(sys.argv[1:]))
     config, dry_run = asked.config.identified(), asked.dry_run
     paths = config.picture_paths()
     is_there = all(map(storage.exists, paths))
     if dry_run:
-        print(f"{len(config.prompts)} prompts x {len(config.guidance)} scales, {config.num_steps} steps:")
+        print(f"{len(config.rows())} rows x {len(config.guidance)} scales, {config.num_steps} steps:")
         print("\n".join(paths))
         print("drawn already" if is_there else "not drawn yet")
         return

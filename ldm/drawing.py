@@ -46,6 +46,9 @@ class Drawing(Config):
     noise_level: int = added_later(0)
     """With a small picture: level of the noise that is laid over it, for models that were trained with noise_levels:
     the higher, the more the model invents."""
+    tile: int = added_later(0)
+    """Side in pixels of overlapping square tiles that networks see one at a time, so that memory is a tile's whatever
+    the size; 0 is all at once."""
 
     @property
     def num_steps(self) -> int:
@@ -59,6 +62,8 @@ class Drawing(Config):
             raise ValueError(f"strength must lie in (0, 1], got {self.strength}")
         if self.noise_level < 0:
             raise ValueError(f"noise_level can't be negative, got {self.noise_level}")
+        if self.tile < 0:
+            raise ValueError(f"tile can't be negative, got {self.tile}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -174,6 +179,16 @@ def check_told(config: ConditioningConfig, given: Given, noise_level: int = 0) -
         raise ValueError(f"noise_level {noise_level} is not among the {config.noise_levels} that this model was told")
 
 
+def check_tile(tile: int, multiple: int) -> None:
+    """Refuse a side of tiles that networks can't take.
+
+    Raises:
+        ValueError: naming the least.
+    """
+    if tile % multiple or tile == multiple:
+        raise ValueError(f"tiles have a side of {2 * multiple} px at least, in steps of {multiple}, got {tile}")
+
+
 def checked_size(drawing: Drawing, given: Given, trained: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Return the rows and columns that are drawn.
 
@@ -191,6 +206,11 @@ def checked_size(drawing: Drawing, given: Given, trained: tuple[int, int], multi
     if given.size and size != given.size:
         raise ValueError(
             f"pictures or maps of {_said(given.size)} do not go with a drawing of {_said(size)}: resize them"
+        )
+    if given.small is not None and given.small.shape[1] * size[1] != given.small.shape[2] * size[0]:
+        shape = (given.small.shape[1], given.small.shape[2])
+        raise ValueError(
+            f"a small picture of {_said(shape)} has another shape than a drawing of {_said(size)}: say height and width"
         )
     if any(side % multiple or side < multiple for side in size):
         nearest = [max(multiple, round(side / multiple) * multiple) for side in size]

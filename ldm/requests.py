@@ -210,6 +210,25 @@ def layout_from(given: Any) -> tuple[Box, ...]:
     )
 
 
+def outpainted(picture: Picture, margins: tuple[int, int, int, int]) -> tuple[Picture, Mask]:
+    """Return a picture with room around it, and the mask of that room: what is drawn there goes on from the picture.
+
+    Args:
+        picture: what stays.
+        margins: pixels at its left, top, right and bottom; together with the picture they are the size that is drawn.
+
+    Raises:
+        ValueError: if a margin is negative, or all are nothing.
+    """
+    left, top, right, bottom = margins
+    if min(margins) < 0 or not any(margins):
+        raise ValueError(f"margins are pixels at left, top, right and bottom, one at least above 0: got {margins}")
+    room = ((top, bottom), (left, right))
+    # Its edge goes on there, for an autoencoder makes something of a hard border that is not in the picture.
+    canvas = np.pad(picture, (*room, (0, 0)), mode="edge")
+    return canvas, ~np.pad(np.ones(picture.shape[:2], bool), room)
+
+
 def fitted(picture: Picture, size: tuple[int, int]) -> Picture:
     """Return the centre of a picture at a number of rows and columns: resized until it covers them, then cut."""
     height, width = size

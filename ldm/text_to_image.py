@@ -15,19 +15,31 @@ import torch
 
 from ldm import storage
 from ldm.autoencoder.model import Autoencoder
+from ldm.autoencoder.tiling import tiled_decode, tiled_encode
 from ldm.conditioning.conditioner import TextUse
 from ldm.conditioning.rows import RowConditions, null_condition
 from ldm.conditioning.text import TextEncoder, text_encoder_digest
-from ldm.conditioning.text_embedding import condition_of, numbered_condition
+from ldm.conditioning.text_embedding import blended, condition_of, numbered_condition
 from ldm.denoiser import denoiser_digests, load_denoiser, unet_config
 from ldm.diffusion.schedule import Schedule
-from ldm.drawing import Drawing, Given, Pixels, check_strength, check_told, checked_size, images_of, pixels_of
+from ldm.drawing import (
+    Drawing,
+    Given,
+    Pixels,
+    check_strength,
+    check_tile,
+    check_told,
+    checked_size,
+    images_of,
+    pixels_of,
+)
 from ldm.interop.diffusers import load_autoencoder, weights_digest
 from ldm.model_card import AUTOENCODER_FOLDER, ModelCard, load_card
-from ldm.samplers.guidance import PLAIN, GuidanceForm, Network, guided_denoiser
-from ldm.samplers.sample import Denoiser, OnStep, SamplerConfig, initial_noise, sample, step_noise
-from ldm.samplers.tasks import Start, latent_mask, sample_from
-from ldm.types import Condition, Image, Latent, LatentBatch
+from ldm.samplers.guidance import Network, guided_denoiser
+from ldm.samplers.sample import Denoiser, OnStep, SamplerConfig, sample
+from ldm.samplers.tasks import Prompt, Seed, Start, ends, latent_mask, sample_from, seeded_noise
+from ldm.samplers.tiles import OVERLAP_SHARE, tiled_network
+from ldm.types import Condition, Image, Latent, LatentBatch, Moments
 
 OnDrawn = Callable[[float, int], None]
 """(images drawn so far, those under way in part; number of the step that was made)."""
@@ -65,9 +77,9 @@ class TextToImage:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
-        seeds: Sequence[int],
+        seeds: Sequence[Seed],
         guidance: Sequence[float] | None = None,
         negative_prompts: Sequence[str] | None = None,
         drawing: Drawing | None = None,
@@ -78,9 +90,10 @@ class TextToImage:
         """Return one image for each prompt.
 
         Args:
-            prompts: n texts.
-            seeds: n seeds; an image depends on its own prompt, seed and guidance, not on the others: not on a bit
-                where as many are sampled together, else by what the device rounds otherwise for other shapes.
+            prompts: n texts, or what lies between two.
+            seeds: n seeds, or what lies between two; an image depends on its own prompt, seed and guidance, not on the
+                others: not on a bit where as many are sampled together, else by what the device rounds otherwise for
+                other shapes.
             guidance: n guidance scales; the card's where not given.
             negative_prompts: n texts that guidance leads away from; the empty one where not given.
             drawing: sampler, guidance's form and size; the card's sampler and the size of the training where not given.
@@ -107,6 +120,7 @@ class TextToImage:
         check_told(self.card.conditioning, given, drawing.noise_level)
         check_strength(drawing.strength, has_picture=given.pixels is not None, has_mask=given.masks is not None)
         size = checked_size(drawing, given, self.trained_size, self.multiple)
+        check_tile(drawing.tile, self.multiple)
         condition = self.condition(prompts)
         null_text = self.condition(led_away if len(set(led_away)) > 1 else led_away[:1])
         parts: list[Pixels] = []
@@ -114,11 +128,11 @@ class TextToImage:
             stop = min(start + batch_size, count)
             away = null_text if null_text.num_rows == 1 else null_text.rows(start, stop)
             begun = given.rows(start, stop)
-            told = self._told(condition.rows(start, stop), begun, seeds[start:stop], size, drawing.noise_level)
-            denoise = self._denoiser(told, away, scales[start:stop], drawing.form)
+            told = self._told(condition.rows(start, stop), begun, seeds[start:stop], size, drawing)
+            denoise = self._denoiser(told, away, scales[start:stop], drawing)
             watch = None if on_step is None else partial(_tell, on_step, start, stop, drawing.num_steps)
             latent = self._sampled(denoise, seeds[start:stop], size, drawing, begun, watch)
-            parts.append(begun.kept_in(pixels_of(self._decoded(latent))))
+            parts.append(begun.kept_in(pixels_of(self._decoded(latent, drawing.tile))))
         return np.concatenate(parts)
 
     @property
@@ -142,8 +156,16 @@ class TextToImage:
         """What pixel rows and columns must be multiples of."""
         return self._autoencoder.config.factor * self._shrinks
 
-    def condition(self, prompts: Sequence[str]) -> Condition:
-        """Return the prompts as the denoiser sees them."""
+    def condition(self, prompts: Sequence[Prompt]) -> Condition:
+        """Return the prompts as the denoiser sees them; between two of them lies the blend of their states.
+
+        Raises:
+            ValueError: if a blend is wanted of numbers of tokens.
+        """
+        one, other, shares = ends(prompts)
+        return self._encoded(one) if one == other else blended(self._encoded(one), self._encoded(other), shares)
+
+    def _encoded(self, prompts: Sequence[str]) -> Condition:
         encoder = self._text_encoder
         match self.card.conditioning.text:
             case TextUse.FROZEN:
@@ -156,7 +178,7 @@ class TextToImage:
 
     @torch.no_grad()
     def images(
-        self, condition: Condition, seeds: Sequence[int], scales: Sequence[float], sampler: SamplerConfig
+        self, condition: Condition, seeds: Sequence[Seed], scales: Sequence[float], sampler: SamplerConfig
     ) -> Image:
         """Return one batch of images, shape (b, 3, y, x), about in [-1, 1]."""
         latent = self.latents(condition, seeds, scales, sampler)
@@ -164,17 +186,18 @@ class TextToImage:
 
     @torch.no_grad()
     def latents(
-        self, condition: Condition, seeds: Sequence[int], scales: Sequence[float], sampler: SamplerConfig
+        self, condition: Condition, seeds: Sequence[Seed], scales: Sequence[float], sampler: SamplerConfig
     ) -> Latent:
         """Return one batch of scaled latents, shape (b, c, h, w)."""
         size = self.card.latent_size if condition.spatial is None else condition.spatial.shape[-2:]
         shape = (self.card.space.num_channels, int(size[0]), int(size[1]))
-        denoise = self._denoiser(condition, self.condition([""]), scales, PLAIN)
-        return sample(denoise, self._noise(seeds, shape), self._schedule, sampler, step_noise(0, seeds, shape))
+        denoise = self._denoiser(condition, self.condition([""]), scales, Drawing(sampler=sampler))
+        noise, draw_noise = seeded_noise(seeds, shape)
+        return sample(denoise, noise.to(self.device), self._schedule, sampler, draw_noise)
 
     @torch.no_grad()
     def _told(
-        self, text: Condition, given: Given, seeds: Sequence[int], size: tuple[int, int], noise_level: int
+        self, text: Condition, given: Given, seeds: Sequence[Seed], size: tuple[int, int], drawing: Drawing
     ) -> Condition:
         """Return what the denoiser is told of a batch: its text, and what is given beside it, as of a cache's rows."""
         config, factor, count = self.card.conditioning, self._autoencoder.config.factor, len(seeds)
@@ -184,35 +207,36 @@ class TextToImage:
             seen = images_of(given.pixels, torch.device("cpu")) * (1.0 - hidden)
             middle = factor // 2  # the nearest pixel to the middle of each latent's, as in a cache
             columns["mask"] = hidden[:, :, middle::factor, middle::factor]
-            columns["masked_moments"] = self._autoencoder.encode(seen.to(self.device)).float().cpu()
+            columns["masked_moments"] = self._encode(seen.to(self.device), drawing.tile).float().cpu()
         batch = LatentBatch(
             keys=("",) * count,
-            samples=torch.tensor([seed % 2**63 for seed in seeds]),  # int64 holds no more
+            samples=torch.tensor([seed % 2**63 for seed in ends(seeds)[0]]),  # int64 holds no more
             moments=torch.empty(count, 0, size[0] // factor, size[1] // factor),
             condition=text.to(torch.device("cpu"), torch.float32),
             columns=columns,
         )
         rows = RowConditions(config=config, space=self.card.space, factor=factor, seed=0)
-        return rows.whole(batch, noise_level).to(self.device, torch.float32)
+        return rows.whole(batch, drawing.noise_level).to(self.device, torch.float32)
 
     def _denoiser(
-        self, condition: Condition, null_text: Condition, scales: Sequence[float], form: GuidanceForm
+        self, condition: Condition, null_text: Condition, scales: Sequence[float], drawing: Drawing
     ) -> Denoiser:
+        tile = drawing.tile // self._autoencoder.config.factor
         return guided_denoiser(
-            self._unet,
+            tiled_network(self._unet, tile) if tile else self._unet,
             self._schedule,
             self.card.prediction,
             condition,
             null_condition(self.card.conditioning, condition, null_text),
             torch.tensor(scales, device=self.device),
-            form,
+            drawing.form,
         )
 
     @torch.no_grad()
     def _sampled(
         self,
         denoise: Denoiser,
-        seeds: Sequence[int],
+        seeds: Sequence[Seed],
         size: tuple[int, int],
         drawing: Drawing,
         given: Given,
@@ -220,11 +244,12 @@ class TextToImage:
     ) -> Latent:
         factor = self._autoencoder.config.factor
         shape = (self.card.space.num_channels, size[0] // factor, size[1] // factor)
-        noise, draw_noise = self._noise(seeds, shape), step_noise(0, seeds, shape)
+        drawn, draw_noise = seeded_noise(seeds, shape)
+        noise = drawn.to(self.device)
         is_told_masks = self.card.conditioning.has_masked_image  # and knows by itself what is to stay
         if given.pixels is None or (is_told_masks and drawing.strength == 1):
             return sample(denoise, noise, self._schedule, drawing.sampler, draw_noise, on_step)
-        clean = self.card.space.scaled_mode(self._autoencoder.encode(images_of(given.pixels, self.device)))
+        clean = self.card.space.scaled_mode(self._encode(images_of(given.pixels, self.device), drawing.tile))
         mask = None
         if given.masks is not None and not is_told_masks:
             mask = latent_mask(torch.from_numpy(given.masks).to(self.device), factor)
@@ -233,14 +258,22 @@ class TextToImage:
             denoise, start, noise, self._schedule, drawing.sampler, drawing.strength, draw_noise, on_step
         )
 
-    def _noise(self, seeds: Sequence[int], shape: tuple[int, int, int]) -> Latent:
-        """Return what the seeds draw: each is a row's place in the stream of noises, whatever batch it is in."""
-        return initial_noise(0, seeds, shape).to(self.device)
+    def _encode(self, images: Image, tile: int) -> Moments:
+        if not tile:
+            return self._autoencoder.encode(images)
+        return tiled_encode(self._autoencoder, images, tile=tile, overlap=self._overlap(tile))
 
     @torch.no_grad()
-    def _decoded(self, latent: Latent) -> Image:
-        image: Image = self._autoencoder.decode(self.card.space.unscaled(latent))
-        return image
+    def _decoded(self, latent: Latent, tile: int = 0) -> Image:
+        raw = self.card.space.unscaled(latent)
+        if not tile:
+            return self._autoencoder.decode(raw)
+        return tiled_decode(self._autoencoder, raw, tile=tile, overlap=self._overlap(tile))
+
+    def _overlap(self, tile: int) -> int:
+        """Return how many pixels neighbouring tiles share."""
+        factor = self._autoencoder.config.factor
+        return max(1, tile // factor // OVERLAP_SHARE) * factor
 
 
 def _tell(on_step: OnDrawn, start: int, stop: int, num_steps: int, index: int, _: Latent) -> None:

@@ -104,7 +104,7 @@ def test_what_is_given_is_told_as_the_cache_of_the_same_picture_tells_it(
         given = Given(
             **{name: (part,) if name in ("classes", "layouts") else np.stack([part]) for name, part in parts.items()}
         )
-        found.append(model._told(model.condition([request.prompt]), given, [sample], (SIDE, SIDE), 0))
+        found.append(model._told(model.condition([request.prompt]), given, [sample], (SIDE, SIDE), Drawing()))
     joined = Condition.joined(found)
     for part in fields(Condition):
         one, other = getattr(joined, part.name), getattr(expected, part.name)

@@ -14,11 +14,12 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from jobs.wiring.picture_settings import save_with_settings, settings_of
+from jobs.wiring.sample_tasks import Row, SampleTask, check_task, rows_of
 from ldm import storage
 from ldm.config import added_later, digest_of
 from ldm.drawing import Drawing, Given, Pixels, check_strength
 from ldm.model_card import find_model, load_card, model_digest
-from ldm.requests import fitted, fitted_map, fitted_mask, layout_from, map_from, mask_from, picture_from
+from ldm.requests import fitted, fitted_map, fitted_mask, layout_from, map_from, mask_from, outpainted, picture_from
 from ldm.text_to_image import TextToImage, load_text_to_image
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
@@ -40,6 +41,9 @@ GAP = 6
 class SampleConfig(Drawing):
     """Draw a grid of prompts x guidance scales, or its pictures one by one."""
 
+    task: SampleTask = added_later(SampleTask.DRAW)
+    """What is asked of the model: draw, vary (like a picture), inpaint, outpaint, upscale or interpolate; may stand
+    first, before the recipe."""
     root: str
     """Folder that pictures are written to."""
     record: str
@@ -61,6 +65,10 @@ class SampleConfig(Drawing):
     of the training; file or URL."""
     mask: str = added_later("")
     """Picture whose light pixels are drawn anew, laid over the other one; all else comes back untouched."""
+    margins: tuple[int, int, int, int] = added_later((0, 0, 0, 0))
+    """For outpaint: pixels that are added at the picture's left, top, right and bottom."""
+    shares: tuple[float, ...] = added_later((0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
+    """For interpolate: places on the way from the first prompt and seed to the second, a row each."""
     classes: tuple[int, ...] = added_later(())
     """For a model that is told classes: the number of each row's."""
     layouts: tuple[str, ...] = added_later(())
@@ -91,7 +99,13 @@ class SampleConfig(Drawing):
                 )
         if self.mask and not self.picture:
             raise ValueError("a mask needs a picture that it lies over: --picture FILE")
-        check_strength(self.strength, has_picture=bool(self.picture), has_mask=bool(self.mask))
+        is_given = {name: bool(getattr(self, name)) for name in ("picture", "mask", "small", "shares")}
+        is_given["margins"] = any(self.margins)
+        check_task(self.task, [name for name, is_there in is_given.items() if is_there])
+        if self.task is SampleTask.INTERPOLATE and (len(self.prompts) != 2 or self.classes or self.layouts):
+            raise ValueError(f"interpolate goes from one prompt to another, two in all: got {self.prompts}")
+        has_mask = bool(self.mask) or self.task is SampleTask.OUTPAINT
+        check_strength(self.strength, has_picture=bool(self.picture), has_mask=has_mask)
 
     @property
     def drawing(self) -> Drawing:
@@ -102,6 +116,10 @@ class SampleConfig(Drawing):
         """Return the requests of the pictures that are written: the grid's own, or those of its pictures by row."""
         if not self.is_separate:
             return [self]
+        if self.task is SampleTask.INTERPOLATE:
+            return [
+                replace(self, shares=(share,), guidance=(scale,)) for share in self.shares for scale in self.guidance
+            ]
         rows = [
             replace(
                 self,
@@ -137,6 +155,10 @@ class SampleConfig(Drawing):
         named_files = tuple(f"{name}={sha256}" for name, sha256 in found.items())
         return replace(self, **whole, model_digest=digest, file_digests=named_files)
 
+    def rows(self) -> list[Row]:
+        """Return what the rows of the grid show."""
+        return rows_of(self.task, self.prompts, self.seed, self.shares)
+
     def model_folder(self) -> str:
         """Return where the model lies: at its address, or among those that this held before.
 
@@ -159,15 +181,19 @@ def sample_worker(
     model = load_text_to_image(config.model_folder(), world.device)
     if told := cut_prompts(model, [*config.prompts, config.negative_prompt]):
         report(Progress(done=0, total=0, notice=told))
-    columns = len(config.guidance)
-    count = len(config.prompts) * columns
+    rows = config.rows()
+    count = len(rows) * len(config.guidance)
+    given = _given(config, model, count)
+    drawing = config.drawing
+    if given is not None and given.size is not None:
+        drawing = replace(drawing, height=given.size[0], width=given.size[1])
     images = model.generate(
-        [prompt for prompt in config.prompts for _ in config.guidance],
-        seeds=[config.seed + row for row in range(len(config.prompts)) for _ in config.guidance],
-        guidance=list(config.guidance) * len(config.prompts),
+        [row.prompt for row in rows for _ in config.guidance],
+        seeds=[row.seed for row in rows for _ in config.guidance],
+        guidance=list(config.guidance) * len(rows),
         negative_prompts=[config.negative_prompt] * count,
-        drawing=config.drawing,
-        given=_given(config, model, count),
+        drawing=drawing,
+        given=given,
         on_step=_Steps(report, count),
     )
     paths = config.picture_paths()
@@ -248,6 +274,9 @@ def _begun(config: SampleConfig, size: tuple[int, int], count: int) -> dict[str,
                 f"the mask has {mask.shape[1]} x {mask.shape[0]} px, the picture {own.shape[1]} x {own.shape[0]} px: "
                 "they must lie over each other"
             )
+    if config.task is SampleTask.OUTPAINT:
+        canvas, room = outpainted(fitted(own, size), config.margins)
+        return {"pixels": np.stack([canvas] * count), "masks": np.stack([room] * count)}
     pixels = np.stack([fitted(own, size)] * count)
     return {"pixels": pixels, **({"masks": np.stack([fitted_mask(mask, size)] * count)} if config.mask else {})}
 
@@ -266,7 +295,8 @@ def cut_prompts(model: TextToImage, prompts: Sequence[str]) -> str:
 
 def grid_picture(images: Pixels, config: SampleConfig) -> PILImage.Image:
     """Return one picture: a row for each prompt with its text, a column for each guidance scale."""
-    columns, rows = len(config.guidance), len(config.prompts)
+    shown = config.rows()
+    columns, rows = len(config.guidance), len(shown)
     longer = max(images.shape[1:3])
     factor = min(max(longer, LEAST_CELL), LARGEST_CELL) / longer
     cell_height, cell_width = (round(side * factor) for side in images.shape[1:3])
@@ -278,9 +308,9 @@ def grid_picture(images: Pixels, config: SampleConfig) -> PILImage.Image:
     for column, scale in enumerate(config.guidance):
         left = LABEL_WIDTH + GAP + column * (cell_width + GAP)
         draw.text((left + cell_width / 2, HEADER / 2 + 2), f"guidance {scale:g}", "black", font, anchor="mm")
-    for row, prompt in enumerate(config.prompts):
+    for row, each in enumerate(shown):
         top = HEADER + row * (cell_height + GAP)
-        label = "\n".join(textwrap.wrap(prompt, 24)[:6])
+        label = "\n".join(textwrap.wrap(each.label, 24)[:6])
         draw.multiline_text((GAP, top + cell_height / 2), label, "black", font, anchor="lm", spacing=4)
         for column in range(columns):
             image = PILImage.fromarray(np.ascontiguousarray(images[row * columns + column]))

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Int32
+from jaxtyping import Float, Float16, Int32
+from torch import Tensor
 
 from ldm.types import Condition, TextMask, TextStates
 
@@ -95,3 +96,26 @@ def numbered_condition(tokens: Sequence[Int32[np.ndarray, "l 1"]], max_tokens: i
             raise ValueError(f"a trained transformer reads {max_tokens} tokens of one tokenizer, got {numbers.shape}")
         row[: len(numbers)] = numbers[:, 0]
     return Condition(tokens=torch.from_numpy(padded))
+
+
+def blended(one: Condition, other: Condition, share: Float[Tensor, " b"]) -> Condition:
+    """Return captions' states and vectors a share of the way from one to another.
+
+    Between the two ends a token of either is a token; the shorter caption has states of zero there.
+
+    Raises:
+        ValueError: if they are numbers of tokens, which have nothing between them.
+    """
+    if one.tokens is not None:
+        raise ValueError("nothing lies between two captions that are read as numbers of tokens: blend seeds only")
+    if one.states is None or other.states is None:
+        return one
+    weight = share.to(one.states.device, one.states.dtype)[:, None]
+    mask = None
+    if one.mask is not None and other.mask is not None:
+        mask = (one.mask & (weight < 1)) | (other.mask & (weight > 0))
+    return Condition(
+        states=torch.lerp(one.states, other.states, weight[..., None]),
+        mask=mask,
+        pooled=None if one.pooled is None or other.pooled is None else torch.lerp(one.pooled, other.pooled, weight),
+    )

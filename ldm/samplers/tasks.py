@@ -8,7 +8,9 @@ Letters: b batch, c latent channel, h row, w column, k number of steps + 1, j nu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,9 +19,10 @@ from torch import Tensor
 from ldm.diffusion.process import corrupt
 from ldm.diffusion.schedule import Schedule
 from ldm.samplers.grids import time_grid
-from ldm.samplers.sample import Denoiser, DrawNoise, OnStep, SamplerConfig, follow
+from ldm.samplers.sample import Denoiser, DrawNoise, OnStep, SamplerConfig, follow, initial_noise, step_noise
 from ldm.types import Latent
 
+End = TypeVar("End")
 LatentMask = Bool[Tensor, "b 1 h w"]
 """True where a latent is drawn anew."""
 
@@ -98,7 +101,53 @@ def latent_mask(pixels: Bool[Tensor, "b y x"], factor: int) -> LatentMask:
     return torch.nn.functional.max_pool2d(pixels[:, None].float(), factor) > 0
 
 
-def slerp(one: Latent, other: Latent, share: float) -> Latent:
+@dataclass(frozen=True, slots=True)
+class Between(Generic[End]):
+    """What lies between two of anything: prompts, or seeds.
+
+    Attributes:
+        one: where the way begins.
+        other: where it ends.
+        share: how far along it is, from 0 to 1.
+    """
+
+    one: End
+    other: End
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"a share of the way lies in [0, 1], got {self.share}")
+
+
+Seed: TypeAlias = int | Between[int]
+Prompt: TypeAlias = str | Between[str]
+
+
+def ends(rows: Sequence[End | Between[End]]) -> tuple[list[End], list[End], Float[Tensor, " b"]]:
+    """Return where each row begins, where it ends, and its share; what lies between nothing ends where it begins."""
+    ways = [row if isinstance(row, Between) else Between(row, row, 0.0) for row in rows]
+    shares = torch.tensor([way.share for way in ways], dtype=torch.float64)
+    return [way.one for way in ways], [way.other for way in ways], shares
+
+
+def seeded_noise(seeds: Sequence[Seed], shape: tuple[int, int, int]) -> tuple[Latent, DrawNoise]:
+    """Return what seeds draw: the noise that sampling starts from and that of each step, shapes (b, *shape).
+
+    Each is a row's place in the stream of noises, whatever batch it is in; between two seeds lies the blend of theirs.
+    """
+    one, other, shares = ends(seeds)
+
+    def step(index: int) -> Latent:
+        return blended(step_noise(0, one, shape)(index), lambda: step_noise(0, other, shape)(index))
+
+    def blended(noise: Latent, towards: Callable[[], Latent]) -> Latent:
+        return slerp(noise, towards(), shares) if one != other else noise
+
+    return blended(initial_noise(0, one, shape), lambda: initial_noise(0, other, shape)), step
+
+
+def slerp(one: Latent, other: Latent, share: float | Float[Tensor, " b"]) -> Latent:
     """Return the noise at a share of the way from one to another, along the sphere they lie on, row by row.
 
     Between independent standard normal latents every such blend is one again in its length; a straight line's middle is
@@ -108,10 +157,10 @@ def slerp(one: Latent, other: Latent, share: float) -> Latent:
     lengths = [latent.norm(dim=1) for latent in flat]
     cosine = (flat[0] * flat[1]).sum(dim=1) / (lengths[0] * lengths[1])
     angle = torch.arccos(cosine.clamp(-1, 1))
+    shares = torch.as_tensor(share, dtype=torch.float64).expand(len(one))
     is_straight = angle.sin().abs() < 1e-6
-    bent = [torch.sin(part * angle) / angle.sin() for part in (1 - share, share)]
     weights = [
-        torch.where(is_straight, straight, part).to(one.dtype).reshape(-1, 1, 1, 1)
-        for straight, part in zip((1 - share, share), bent, strict=True)
+        torch.where(is_straight, part, torch.sin(part * angle) / angle.sin()).to(one.dtype).reshape(-1, 1, 1, 1)
+        for part in (1 - shares, shares)
     ]
     return weights[0] * one + weights[1] * other
