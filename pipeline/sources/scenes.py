@@ -132,7 +132,7 @@ class ScenesSource:
         """Keep the configuration, and the keys that are not to be listed."""
         self.config = config
         self._known = known
-        self._drawings = {style: _drawings(config, style) for style in config.styles}
+        self._drawings = {style: drawings_of(config, style) for style in config.styles}
 
     @cached_property
     def digest(self) -> str:
@@ -253,7 +253,12 @@ def _tried(dice: np.random.Generator, config: ScenesConfig, count: int) -> list[
     return placed
 
 
-def _drawings(config: ScenesConfig, style: EmojiStyle) -> list[Path]:
+def drawings_of(config: ScenesConfig, style: EmojiStyle) -> list[Path]:
+    """Return the SVG of each class in a style.
+
+    Raises:
+        ValueError: if a class is no emoji of the style, naming it.
+    """
     paths = svg_of_label(style)
     if unknown := [label for label in config.classes if label not in paths]:
         raise ValueError(f"{style.value} has no drawing of {', '.join(unknown)}: classes are labels of emoji")
