@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.tasks --scenes HOME [--things HOME] [--rows 64] [--save]
 
-after jobs.shard_dataset, precompute_latents and train_ldm of the recipes `scenes` and `things` (jobs/recipes/scenes.py).
+after jobs.shard_dataset, precompute_latents and train_ldm of the recipes in jobs/recipes/scenes.py.
 What a box or a picture shows is decided by the nearest of the twelve drawings; the same is asked of the scenes
 themselves (the most that can be reached) and of drawings for another scene's layout (what chance reaches).
 """
@@ -25,7 +25,7 @@ from jobs.command_line import MARKERS
 from jobs.recipes.scenes import FACTOR, TOLD
 from ldm.conditioning.masks import random_mask
 from ldm.config import Config, added_later
-from ldm.drawing import images_of
+from ldm.drawing import Box, images_of
 from ldm.evaluation.scores import psnr, ssim
 from ldm.losses.perceptual import PerceptualConfig, perceptual_distance
 from ldm.requests import Mask, Picture, Request, SemanticMap, draw, map_from, picture_from
@@ -72,7 +72,7 @@ class Held:
 
     picture: Picture
     shown: SemanticMap
-    boxes: tuple[tuple[int, float, float, float, float], ...]
+    boxes: tuple[Box, ...]
     number: int | None
 
     @property
@@ -225,17 +225,17 @@ def box_figures(drawn: list[Picture], rows: list[Held]) -> dict[str, float]:
     }
 
 
-def box_accuracy(
-    pictures: Sequence[Picture], layouts: Sequence[Sequence[tuple[int, float, float, float, float]]]
-) -> float:
+def box_accuracy(pictures: Sequence[Picture], layouts: Sequence[Sequence[Box]]) -> float:
     """Return the share of boxes whose content is nearest to the drawing of their class."""
     found, wanted = [], []
     for picture, boxes in zip(pictures, layouts, strict=True):
         height, width = picture.shape[:2]
         for number, left, top, right, low in boxes:
-            found.append(
-                nearest(picture[round(top * height) : round(low * height), round(left * width) : round(right * width)])
+            rows, columns = (
+                slice(round(top * height), round(low * height)),
+                slice(round(left * width), round(right * width)),
             )
+            found.append(nearest(picture[rows, columns]))
             wanted.append(number)
     return share_equal(found, wanted)
 
