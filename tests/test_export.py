@@ -86,7 +86,7 @@ def ours(model: TextToImage, sampler: SamplerConfig, prompts: list[str] = PROMPT
     """Return what we draw, floats in [0, 1]."""
     with torch.no_grad():
         denoise = model._denoiser(
-            model.condition(prompts), model.condition(NEGATIVE), [GUIDANCE] * 2, Drawing(sampler=sampler).form
+            model.condition(prompts), model.condition(NEGATIVE), [GUIDANCE] * 2, Drawing(sampler=sampler)
         )
         latent = model._sampled(denoise, SEEDS, (16, 16), Drawing(sampler=sampler), Given(), None)
         return (model._decoded(latent) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()

@@ -230,12 +230,11 @@ def box_accuracy(pictures: Sequence[Picture], layouts: Sequence[Sequence[Box]]) 
     found, wanted = [], []
     for picture, boxes in zip(pictures, layouts, strict=True):
         height, width = picture.shape[:2]
-        for number, left, top, right, low in boxes:
-            rows, columns = (
-                slice(round(top * height), round(low * height)),
-                slice(round(left * width), round(right * width)),
+        for number, *sides in boxes:
+            left, top, right, low = (
+                round(side * whole) for side, whole in zip(sides, (width, height) * 2, strict=True)
             )
-            found.append(nearest(picture[rows, columns]))
+            found.append(nearest(picture[top:low, left:right]))
             wanted.append(number)
     return share_equal(found, wanted)
 
