@@ -51,6 +51,14 @@ TOLD = {
     "things_class": ConditioningConfig(text=TextUse.NONE, num_classes=len(THINGS.classes)),
 }
 """What each task's denoiser is told."""
+SAMPLES = {
+    "scenes_layout": 48_000,
+    "scenes_map": 32_000,
+    "scenes_inpainting": 24_000,
+    "scenes_upscaling": 24_000,
+    "things_class": 32_000,
+}
+"""How long each is trained: what lies beside the latent is learned sooner than what is attended to."""
 WIDTH = 128
 """Of the states that a layout or a class becomes."""
 LAYOUTS = {
@@ -102,7 +110,11 @@ def train_ldm(name: str, home: str) -> TrainLdmConfig:
         ema=EmaConfig(half_life_samples=5_000),
         engine=EngineConfig(),
         loop=LoopConfig(
-            total_samples=48_000, log_every=1_600, validate_every=12_000, picture_every=24_000, checkpoint_every=6_400
+            total_samples=SAMPLES[name],
+            log_every=1_600,
+            validate_every=8_000,
+            picture_every=16_000,
+            checkpoint_every=6_400,
         ),
         preview=PreviewConfig(prompts=("",) * 8, sampler=emoji.SAMPLER, guidance=_guidance(told)),
     )
