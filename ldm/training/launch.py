@@ -215,7 +215,7 @@ def _watched(finish: Callable[[], Any], board: Any, watch: Callable[[Progress], 
     def wait() -> None:
         try:
             finish()
-        except Exception as error:  # noqa: BLE001 - raised by the main thread
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - raised by the main thread; Ray exits when it is shut down
             failures.append(error)
         finally:
             is_over.set()
