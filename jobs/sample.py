@@ -3,6 +3,7 @@
 python -m jobs.sample [RECIPE] [--home DIR] [--prompts "a red heart" "a green apple"] [--guidance 1 3 7]
     --height 128 --width 256 [--tile 64]     larger than trained
     --is-separate                            each picture in a file of its own
+    --safety.watermark-file KEY.txt          marked invisibly, see jobs.detect; filters of your own: --safety.*
 python -m jobs.sample TASK [RECIPE] ...
     vary --picture FILE --strength 0.6       pictures like one that is given
     inpaint --picture FILE --mask FILE       a picture anew where the mask is light
@@ -24,6 +25,7 @@ from jobs.wiring.sample import sample_worker
 from jobs.wiring.sample_tasks import with_task
 from jobs.wiring.training import launch
 from ldm import storage
+from ldm.training.local_launch import Outcome
 
 
 @report_errors()
@@ -39,14 +41,18 @@ def main() -> None:
         print("\n".join(paths))
         print("drawn already" if is_there else "not drawn yet")
         return
+    outcome: Outcome = {"pictures": paths, "num_refused": 0}
     if not is_there:
         storage.check_writable(config.root)
-        launch(sample_worker, config, config.launch, "sample", works_alone=True)
+        outcome = launch(sample_worker, config, config.launch, "sample", works_alone=True)
     if is_main_process():
+        paths = outcome["pictures"]
         for path in paths:
             if not is_there:
                 publish_picture(config, path)
             print(f"picture   {path}")
+        if outcome["num_refused"]:
+            print(f"refused   {outcome['num_refused']} of {outcome['num_drawn']} pictures, by the filter")
 
 
 if __name__ == "__main__":

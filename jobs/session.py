@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
@@ -281,7 +282,7 @@ class TrainingBar:
     def __call__(self, progress: TrainProgress) -> None:
         """Show what the training reports."""
         if progress.notice:
-            self._console.print(f"[yellow]{self._title}:[/] {progress.notice}", highlight=False, soft_wrap=True)
+            self._console.print(f"[yellow]{self._title}:[/] {escape(progress.notice)}", highlight=False, soft_wrap=True)
         if not progress.total:
             return
         self._latest |= progress.metrics

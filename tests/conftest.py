@@ -28,6 +28,7 @@ TENSOR_PACKAGES = (
     "ldm.samplers",
     "ldm.latents",
     "ldm.evaluation",
+    "ldm.watermark",
 )
 install_import_hook(TENSOR_PACKAGES, f"{shape_checks.__name__}.{shape_checks.checked.__name__}")
 

@@ -303,6 +303,10 @@ def test_a_training_ends_with_where_its_time_went() -> None:
     with TrainingBar("denoiser", Console(file=shown, width=200)) as bar:
         bar(Progress(done=8, total=8, metrics={**told, **pace_metrics(48, 2.0, 25.6)}))
     assert shown.getvalue().splitlines()[-1].endswith("a worker, MFU 30.0%, 94% of the forecast 25.6 img/s")
+    shown = io.StringIO()
+    with TrainingBar("sampling", Console(file=shown, width=200)) as bar:
+        bar(Progress(done=0, total=0, notice="the prompt 'a [/red] [bold]heart' is too long"))
+    assert "sampling: the prompt 'a [/red] [bold]heart' is too long" in shown.getvalue(), "no markup of ours"
     silent = io.StringIO()
     with TrainingBar("sampling", Console(file=silent, width=200)) as bar:
         bar(Progress(done=8, total=8))

@@ -20,6 +20,7 @@ from ldm.config import added_later, digest_of
 from ldm.drawing import Drawing, Given, Pixels, check_strength
 from ldm.model_card import find_model, load_card, model_digest
 from ldm.requests import fitted, fitted_map, fitted_mask, layout_from, map_from, mask_from, outpainted, picture_from
+from ldm.safety import Safety, SafetyConfig
 from ldm.text_to_image import TextToImage, load_text_to_image
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
@@ -64,7 +65,8 @@ class SampleConfig(Drawing):
     """Picture that every drawing begins with (see strength), cut to height and width, or where they are 0 to the size
     of the training; file or URL."""
     mask: str = added_later("")
-    """Picture whose light pixels are drawn anew, laid over the other one; all else comes back untouched."""
+    """Picture whose light pixels are drawn anew, laid over the other one; all else comes back untouched, but for
+    a watermark."""
     margins: tuple[int, int, int, int] = added_later((0, 0, 0, 0))
     """For outpaint: pixels that are added at the picture's left, top, right and bottom."""
     shares: tuple[float, ...] = added_later((0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
@@ -83,6 +85,8 @@ class SampleConfig(Drawing):
     name them."""
     is_separate: bool = added_later(False)
     """Write each picture by itself and without captions, in place of a grid."""
+    safety: SafetyConfig = added_later(SafetyConfig())
+    """Filters of prompts and pictures, and the watermark. A grid is marked as a whole."""
     launch: LaunchConfig = LaunchConfig()
     """Where it runs (one worker)."""
     tracking: TrackingConfig = TrackingConfig()
@@ -132,15 +136,19 @@ class SampleConfig(Drawing):
         ]
         return [replace(row, guidance=(scale,)) for row in rows for scale in self.guidance]
 
+    def shown_settings(self) -> dict[str, Any]:
+        """Return what a picture says of its request: nothing of the place, and not the watermark's key."""
+        return settings_of(replace(self, safety=self.safety.without_key()))
+
     def picture_paths(self) -> list[str]:
         """Return where the pictures lie: the same request of the same model has the same name."""
         kind = "picture" if self.is_separate else "grid"
-        asked = [settings_of(part) for part in self.identified().parts()]
+        asked = [part.shown_settings() for part in self.identified().parts()]
         names = [digest_of({name: part[name] for name in part if name not in ADDRESSES})[:12] for part in asked]
         return [storage.join(self.root, f"{kind}-{name}.png") for name in names]
 
     def identified(self) -> SampleConfig:
-        """Return the request with the digests of its model and files, and their whole addresses.
+        """Return the request with the digests of its model, files and key, and their whole addresses.
 
         Raises:
             ValueError: if one of them can't be read, or is not the one that the request names.
@@ -153,7 +161,8 @@ class SampleConfig(Drawing):
                 raise ValueError(_is_another(name, files.get(name, "no place"), named, "--file-digests"))
         whole: dict[str, Any] = {name: _whole(path) for name, path in {"model": self.model, **files}.items()}
         named_files = tuple(f"{name}={sha256}" for name, sha256 in found.items())
-        return replace(self, **whole, model_digest=digest, file_digests=named_files)
+        safety = self.safety.identified()
+        return replace(self, **whole, model_digest=digest, file_digests=named_files, safety=safety)
 
     def rows(self) -> list[Row]:
         """Return what the rows of the grid show."""
@@ -176,9 +185,17 @@ class SampleConfig(Drawing):
 def sample_worker(
     config: SampleConfig, world: World, report: Callable[[Progress], None], should_stop: Callable[[], bool]
 ) -> Outcome:
-    """Draw the pictures in one process and write them."""
+    """Draw the pictures in one process and write them.
+
+    Raises:
+        ValueError: if a filter refuses a prompt, before the model is loaded.
+    """
     config = config.identified()
+    safety = Safety(config.safety)
+    _refuse(config.prompts, safety)
     model = load_text_to_image(config.model_folder(), world.device)
+    if config.is_separate:
+        safety.check_size(config.height or model.trained_size[0], config.width or model.trained_size[1])
     if told := cut_prompts(model, [*config.prompts, config.negative_prompt]):
         report(Progress(done=0, total=0, notice=told))
     rows = config.rows()
@@ -187,6 +204,7 @@ def sample_worker(
     drawing = config.drawing
     if given is not None and given.size is not None:
         drawing = replace(drawing, height=given.size[0], width=given.size[1])
+    prompts = [row.label for row in rows for _ in config.guidance]
     images = model.generate(
         [row.prompt for row in rows for _ in config.guidance],
         seeds=[row.seed for row in rows for _ in config.guidance],
@@ -196,13 +214,46 @@ def sample_worker(
         given=given,
         on_step=_Steps(report, count),
     )
-    paths = config.picture_paths()
-    drawn = list(images) if config.is_separate else [images]
-    for path, part, shown in zip(paths, config.parts(), drawn, strict=True):
-        picture = PILImage.fromarray(shown) if config.is_separate else grid_picture(shown, part)
-        with storage.open_atomic(path) as file:
-            save_with_settings(picture, settings_of(part), file)
-    return {"is_finished": True, "pictures": paths}
+    pictures, reasons = _finished(config, images, prompts, safety)
+    if refused := _listed(prompts, reasons):
+        what = "left out" if config.is_separate else "grey"
+        report(Progress(done=0, total=0, notice=f"pictures that the filter refuses are {what}: {'; '.join(refused)}"))
+    written = []
+    for path, part, picture in zip(config.picture_paths(), config.parts(), pictures, strict=True):
+        if picture is not None:
+            with storage.open_atomic(path) as file:
+                save_with_settings(picture, part.shown_settings(), file)
+            written.append(path)
+    return {"is_finished": True, "pictures": written, "num_refused": len(refused), "num_drawn": count}
+
+
+def _refuse(prompts: Sequence[str], safety: Safety) -> None:
+    if refused := _listed(prompts, safety.refused(prompts)):
+        raise ValueError(
+            f"{len(refused)} of the {len(prompts)} prompts must not be drawn, says the filter: {'; '.join(refused)}"
+        )
+
+
+def _listed(prompts: Sequence[str], reasons: Sequence[str]) -> list[str]:
+    """Return what is refused, with the reason, in a few words each."""
+    return [
+        f"{textwrap.shorten(prompt, 60, placeholder='...')!r} ({textwrap.shorten(reason, 80, placeholder='...')})"
+        for prompt, reason in zip(prompts, reasons, strict=True)
+        if reason
+    ]
+
+
+def _finished(
+    config: SampleConfig, images: Pixels, prompts: Sequence[str], safety: Safety
+) -> tuple[list[PILImage.Image | None], list[str]]:
+    """Return the pictures that are written, None for one that must not be, and the filter's reason for each image."""
+    if config.is_separate:
+        images, reasons = safety.finished(images, prompts)
+        pairs = zip(images, reasons, strict=True)
+        return [None if reason else PILImage.fromarray(image) for image, reason in pairs], reasons
+    images, reasons = safety.judged(images, prompts)
+    whole = np.asarray(grid_picture(images, config))
+    return [PILImage.fromarray(safety.marked(whole[None])[0])], reasons
 
 
 def _file_digest(path: str) -> str:
