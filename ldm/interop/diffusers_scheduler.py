@@ -45,6 +45,8 @@ _GRIDS = {"use_karras_sigmas": Grid.KARRAS, "use_lu_lambdas": Grid.LOG_SNR}
 _NOT_OURS = ("thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
 _WITH_LAST_ALPHA = (StepperKind.DDIM, StepperKind.PLMS)
 """Formulas whose classes there have a choice of where they end."""
+_WITH_EVEN_STEPS = (StepperKind.DDIM, StepperKind.DDPM, StepperKind.PLMS)
+"""Formulas whose classes there step by the schedule's length over the number of steps, whatever time comes next."""
 _BETAS_TOLERANCE = 1e-5
 """Files hold what float32 made of them."""
 
@@ -69,8 +71,8 @@ class Noising:
 def scheduler_facts(schedule: ScheduleConfig, prediction: Prediction, grid: Grid) -> dict[str, Any]:
     """Return what any scheduler of diffusers must know of the training, and how its steps are spread.
 
-    Its DDIM takes our very steps where their number divides that of the timesteps; else it steps to times beside those
-    at which it calls the network next.
+    Its DDIM takes our very steps on the grids trailing and leading_to_one where their number divides that of the
+    timesteps; else, and on linspace, it steps to times beside those at which it calls the network next.
     """
     return {
         **_betas(schedule),
@@ -111,6 +113,8 @@ def noising_of(facts: dict[str, Any], origin: str) -> Noising:
     notices += [f"{name} is set to {entry}, our samplers are not" for entry in _NOT_OURS if facts.get(entry)]
     if not facts.get("set_alpha_to_one", stepper is not StepperKind.PLMS) and stepper in _WITH_LAST_ALPHA:
         notices.append(f"{name} ends at the noise of timestep 0, our samplers at the clean latent")
+    if grid is Grid.LINSPACE and stepper in _WITH_EVEN_STEPS:
+        notices.append(f"{name} steps to times beside those of linspace, our samplers to its next")
     return Noising(
         schedule=schedule,
         prediction=prediction,

@@ -144,9 +144,9 @@ def _at_the_hub(name: HubName) -> str:
     files = [f"{inside}{each}" for each in small]
     for variant in VARIANTS:
         dotted = f".{variant}" if variant else ""
-        names = (f"{stem}{end}" for stem in {*_STEMS.values()} for end in (f"{dotted}.*", f"-0*{dotted}.*"))
-        whole = [f"{inside}{part}/{each}safetensors" for part in _STEMS for each in names]
-        folder = Path(fetched(name, [*files, *whole]), name.inside)
+        ends = (dotted, f"-?????-of-?????{dotted}", f"{dotted}-?????-of-?????")
+        weights = [f"{inside}{part}/{stem}{end}.safetensors" for part, stem in _STEMS.items() for end in ends]
+        folder = Path(fetched(name, [*files, *weights]), name.inside)
         if all(safetensors_files(str(folder / part), stem) for part, stem in _STEMS.items()):
             break
     return str(folder)
@@ -168,6 +168,7 @@ def _check_index(folder: str) -> None:
         raise ValueError(f"{folder} has parts that a {name} has not: {', '.join(others)}")
     for part, stem in _STEMS.items():
         place = storage.join(folder, part)
+        _facts(storage.join(place, CONFIG_NAME))
         if not safetensors_files(place, stem):
             there = ", ".join(storage.list_names(place)) or "nothing"
             raise ValueError(

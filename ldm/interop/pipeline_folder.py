@@ -35,6 +35,8 @@ from ldm.latents import LatentSpace
 from ldm.text_to_image import AUTOENCODER_FOLDER, ModelCard, load_card, load_text_to_image
 
 INDEX_FILE = "model_index.json"
+LAYOUT_VERSION = "0.36.0"
+"""The release whose layout this is; the inpainting pipeline does not load without one."""
 CLASS, INPAINTING_CLASS = "StableDiffusionPipeline", "StableDiffusionInpaintPipeline"
 INPAINTING_CHANNELS = 4
 """Of the latents, with which alone that class looks at what lies beside them."""
@@ -162,4 +164,10 @@ def _add_facts(folder: str, facts: dict[str, Any], name: str = CONFIG_NAME) -> N
 
 def _index(name: str) -> dict[str, Any]:
     absent = {part: [None, None] for part in ABSENT}
-    return {"_class_name": name, **PARTS, **absent, "requires_safety_checker": False}
+    return {
+        "_class_name": name,
+        "_diffusers_version": LAYOUT_VERSION,
+        **PARTS,
+        **absent,
+        "requires_safety_checker": False,
+    }
