@@ -1,6 +1,6 @@
 """Writes a finished model as a folder that diffusers loads: `StableDiffusionPipeline.from_pretrained(TARGET)`.
 
-python -m jobs.export MODEL TARGET
+python -m jobs.export MODEL TARGET        a model that was told masks becomes a StableDiffusionInpaintPipeline
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _export(model: Annotated[str, tyro.conf.Positional], target: Annotated[str, 
     """
     target = placed(target)
     storage.check_writable(target)
-    export_pipeline(placed(model), target)
-    print(f"pipeline  {target}: diffusers.StableDiffusionPipeline.from_pretrained reads it")
+    name = export_pipeline(placed(model), target)
+    print(f"pipeline  {target}: diffusers.{name}.from_pretrained reads it")
 
 
 if __name__ == "__main__":

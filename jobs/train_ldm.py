@@ -26,7 +26,7 @@ def main() -> None:
     prepare()
     config, dry_run = settled((asked := from_command_line("train_ldm", TRAIN_LDM)).config), asked.dry_run
     manifest = check_inputs(config)
-    announce_repetition(asked.page, config.root, inputs_of(manifest, config.latents))
+    announce_repetition(asked.page, config.root, inputs_of(manifest, config.latents, config.initial_model))
     checkpoint_store(config, manifest, World(rank=0, size=1, device=torch.device("cpu"))).check_identity()
     if dry_run:
         show_outlook(config, manifest)
@@ -42,6 +42,7 @@ def main() -> None:
             data=manifest,
             data_uri=config.latents,
             repeats=asked.page.run_id if asked.page else "",
+            initial=config.initial_model,
         )
         first, last = (outcome[name] for name in ("first_validation", "last_validation"))
         if is_main_process():

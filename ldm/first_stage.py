@@ -15,36 +15,30 @@ a machine and state, and old ones stay until a person deletes them.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
-from huggingface_hub import cached_assets_path, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import cached_assets_path
 
 from ldm import autoencoder as autoencoder_package
 from ldm import storage
 from ldm.autoencoder.model import Autoencoder
+from ldm.hub import HUB_SCHEME, HubName, NotAtTheHubError, fetched, hub_name, may_be_at_the_hub
 from ldm.interop import compvis, diffusers
 from ldm.interop.weights import PICKLE_SUFFIXES
 
 EVALUATION_FILE = "evaluation.json"
 """Beside an autoencoder's weights: what its training measured on held-out rows at the end."""
 MLFLOW_SCHEMES = ("models:/", "runs:/")
-HUB_SCHEME = "hf://"
 SHIPPED_SCHEME = "shipped:"
 SHIPPED = ("small_f4", "small_f8")
 """The autoencoders that come with this project; the README.md in each one's folder is its model card."""
 CHECKPOINT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 SUBFOLDERS = ("", "vae", "vqvae")
 """Where in a folder an autoencoder in diffusers' layout may lie; pipelines from before 2022's end say vqvae."""
-_HUB_NAME = re.compile(
-    r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<early>[^/@]+))?(/(?P<inside>[^@]+?))?/?(@(?P<late>[^@]+))?"
-)
-_LOCAL_ONLY = ("/", "./", "../", "~")
 _MAX_LISTED = 8
 
 
@@ -144,9 +138,7 @@ def find_autoencoder(where: str) -> Place:
         return _place(where)
     if local.exists():
         return _place(str(local))
-    # Below a folder that is here, a name is a slip of the pen; hf:// says that the hub is meant.
-    is_below_a_folder = Path(local.parts[0]).is_dir()
-    if where.startswith(_LOCAL_ONLY) or is_below_a_folder or not _HUB_NAME.fullmatch(where):
+    if not may_be_at_the_hub(where):
         raise NoAutoencoderError(f"there is no autoencoder at {where}: no such file or folder")
     return _at_the_hub(where)
 
@@ -208,19 +200,16 @@ def _on_this_machine(path: str) -> str:
 
 def _at_the_hub(where: str) -> Place:
     """Fetch what is needed of a repository, safetensors before pickles, and return where it lies here."""
-    parts = _HUB_NAME.fullmatch(where)
-    if parts is None:
-        raise ValueError(f"a name at the hub is org/name[@revision][/inside], got {where!r}")
-    name, inside = parts["name"], parts["inside"] or ""
-    revision = unquote(parts["early"] or parts["late"] or "") or None
+    name = hub_name(where)
+    inside = name.inside
     if _is_checkpoint(inside):
-        folder = _snapshot(where, name, revision, [inside, *_yaml_candidates(inside)])
+        folder = _snapshot(where, name, [inside, *_yaml_candidates(inside)])
     else:
         folders = [f"{inside}/{subfolder}".strip("/") for subfolder in SUBFOLDERS]
         small = [diffusers.CONFIG_NAME, EVALUATION_FILE]
-        folder = _snapshot(where, name, revision, _in_each(folders, [*small, diffusers.WEIGHTS_NAME]))
+        folder = _snapshot(where, name, _in_each(folders, [*small, diffusers.WEIGHTS_NAME]))
         if not any((folder / sub / diffusers.WEIGHTS_NAME).exists() for sub in folders):
-            folder = _snapshot(where, name, revision, _in_each(folders, [*small, diffusers.PICKLE_NAME]))
+            folder = _snapshot(where, name, _in_each(folders, [*small, diffusers.PICKLE_NAME]))
     return _place(str(folder / inside), where)
 
 
@@ -228,15 +217,11 @@ def _in_each(folders: Sequence[str], names: Sequence[str]) -> list[str]:
     return [f"{folder}/{name}".lstrip("/") for folder in folders for name in names]
 
 
-def _snapshot(where: str, name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def _snapshot(where: str, name: HubName, patterns: Sequence[str]) -> Path:
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise NoAutoencoderError(
-            f"there is no autoencoder at {where}: no such folder here, and the hub gave no repository {name}"
-            f"{f' at {revision}' if revision else ''}: {why}"
-        ) from error
+        return fetched(name, patterns)
+    except NotAtTheHubError as error:
+        raise NoAutoencoderError(f"there is no autoencoder at {where}: no such folder here, and {error}") from error
 
 
 def _pointed_autoencoder(where: str) -> Autoencoder:

@@ -108,7 +108,7 @@ def evaluate_worker(
     model = load_text_to_image(config.model_folder, world.device)
     latents, dataset = load_manifest(config.latents), load_manifest(config.dataset)
     for name, uri, found in (("latents", config.latents, latents), ("dataset", config.dataset, dataset)):
-        made_of = model.card.lineage[f"{name}_digest"]
+        made_of = model.card.lineage.get(f"{name}_digest", "that nobody names")
         if made_of != found.digest:
             raise ValueError(f"{config.model_folder} was trained on {name} {made_of}, {uri} has {found.digest}")
     if dataset.image_size != config.protocol.image_size:

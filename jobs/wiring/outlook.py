@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from jobs.wiring.initial_model import initial_notice
 from jobs.wiring.machine import free_share, trains_on_cpu
 from jobs.wiring.memory_forecast import Denoising, table
 from jobs.wiring.speed_forecast import dry_forecast
@@ -39,11 +40,13 @@ def describe(config: TrainLdmConfig, manifest: Manifest) -> str:
     rows = config.batch_size // workers
     micro = config.engine.micro_batches(rows)
     steps = -(-config.loop.total_samples // config.batch_size)
+    initial = config.initial_model
     return "\n".join(
         [
             f"train     {num_rows:,} rows of {config.latents} ({len(manifest.shards_of(Split.TRAIN))} shards), "
             f"{manifest.num_rows(Split.VALIDATION):,} held out",
             f"network   {num_parameters(config) / 1e6:,.1f} M parameters, {config.engine.precision}",
+            *([f"start     {initial_notice(initial, manifest)}"] if initial else []),
             f"batch     {config.batch_size} = {workers} workers x "
             + (
                 f"{rows} rows, in micro-batches that the start finds"

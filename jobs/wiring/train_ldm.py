@@ -9,6 +9,14 @@ from functools import partial
 
 import torch
 
+from jobs.wiring.initial_model import (
+    InitialModel,
+    check_initial,
+    first_network,
+    initial_model,
+    initial_notice,
+    trained_space,
+)
 from jobs.wiring.memory_forecast import Denoising, advice, needed, told_of
 from jobs.wiring.micro_batch import with_micro_batch
 from jobs.wiring.recording import open_record
@@ -40,7 +48,7 @@ from ldm.training.world import World
 from ldm.types import Condition, Image
 from ldm.unet.model import UNetConfig
 from pipeline.latent_plan import check_latents, check_told, token_reader
-from pipeline.latent_summary import cached_size, latent_size, latent_space
+from pipeline.latent_summary import cached_size, latent_size
 from pipeline.loader import LatentLoader, LoaderConfig
 from pipeline.order import check_world
 from pipeline.store.manifest import Manifest, load_manifest
@@ -109,6 +117,9 @@ class TrainLdmConfig(Config):
     """Most bytes of copies in `cache_folder`, for all ranks of a machine together; 0 is no limit."""
     seed: int = 0
     """Seed of initial weights and all draws."""
+    initial: str = added_later("")
+    """Folder or URL of a finished model whose weights the training begins with, and whose scale of latents it keeps;
+    empty draws them from the seed."""
     self_tests: bool = added_later(True)
     """Whether every attempt first shows that ranks, storage, network and memory are what it needs, and forecasts its
     images a second; takes seconds, and three passes of a micro-batch."""
@@ -128,6 +139,11 @@ class TrainLdmConfig(Config):
         further = {each: storage.join(self.root, f"model_half_life_{each}") for each in self.ema.further_half_lives}
         return {**further, self.ema.half_life_samples: self.model_folder}
 
+    @property
+    def initial_model(self) -> InitialModel | None:
+        """The model that the training begins with, if it does."""
+        return initial_model(self)
+
     def identity(self, manifest: Manifest) -> dict[str, object]:
         """Return what a checkpoint must have been made with to be resumed; lengths and intervals may change."""
         parts = {"unet": self.unet, "optim": self.optim, "ema": self.ema}
@@ -137,6 +153,8 @@ class TrainLdmConfig(Config):
             own["conditioning"] = self.conditioning.to_dict()
         if self.image_size:
             own["image_size"] = {"image_size": self.image_size}
+        if self.initial_model:
+            own["initial"] = {"digest": self.initial_model.digest}
         order = {"batch_size": self.batch_size, "num_streams": self.num_streams, "seed": self.seed}
         return {**own, "engine": engine, **order, "caption_dropout": self.caption_dropout, "latents": manifest.digest}
 
@@ -178,6 +196,8 @@ def check_inputs(config: TrainLdmConfig) -> Manifest:
     check_told(config.conditioning, manifest)
     check_world(world=config.launch.num_workers, num_streams=config.num_streams, batch_size=config.batch_size)
     config.engine.micro_batches(config.batch_size // config.launch.num_workers)
+    if initial := config.initial_model:
+        check_initial(initial, config, manifest)
     if manifest.num_rows(Split.VALIDATION) == 0:
         raise ValueError(f"{config.latents} holds no validation rows; hold some out when the dataset is made")
     return manifest
@@ -193,6 +213,8 @@ def train_ldm_worker(
 ) -> Outcome:
     """Train in one process of the group; the main one records into the MLflow run and publishes the finished model."""
     manifest = load_manifest(config.latents)
+    if (initial := config.initial_model) and world.is_main:
+        report(Progress(done=0, total=0, notice=initial_notice(initial, manifest)))
     tests = None
     training = denoising(config, manifest, world.size, is_on_cpu=world.device.type == "cpu")
     if config.self_tests:
@@ -206,7 +228,7 @@ def train_ldm_worker(
     held_out = LatentLoader(manifest, config.loader(Split.VALIDATION), 0, 1, read_tokens)
     torch.manual_seed(config.seed)
     rows = config.batch_size // world.size
-    network = build_denoiser(config.unet, config.conditioning)
+    network = first_network(initial, config.unet, config.conditioning)
     engine = build_engine(network, config.optim, config.ema, training.engine, world, rows)
     task = DiffusionTask(
         engine=engine,
@@ -253,7 +275,9 @@ def is_done(config: TrainLdmConfig, manifest: Manifest) -> bool:
     if not all(storage.exists(storage.join(folder, MODEL_FILE)) for folder in folders):
         return False
     lineages = [load_card(folder).lineage for folder in folders]
-    is_same = all(lineage.get("latents_digest") == manifest.digest for lineage in lineages)
+    initial = config.initial_model
+    made_of = manifest.digest, initial.digest if initial else ""
+    is_same = all((each.get("latents_digest"), each.get("initial_digest", "")) == made_of for each in lineages)
     return is_same and all(int(each.get("samples_seen", 0)) >= config.loop.total_samples for each in lineages)
 
 
@@ -282,7 +306,8 @@ def denoising(config: TrainLdmConfig, manifest: Manifest, num_ranks: int, *, is_
 def row_conditions(config: TrainLdmConfig, manifest: Manifest) -> RowConditions:
     """Return what makes conditions of the latents' rows."""
     factor = cached_size(manifest, config.image_size) // latent_size(manifest, config.image_size)[0]
-    return RowConditions(config=config.conditioning, space=latent_space(manifest), factor=factor, seed=config.seed)
+    space = trained_space(config.initial_model, manifest)
+    return RowConditions(config=config.conditioning, space=space, factor=factor, seed=config.seed)
 
 
 def _card(
@@ -292,7 +317,8 @@ def _card(
     samples_seen: int = 0,
     half_life: int = 0,
 ) -> ModelCard:
-    space = latent_space(manifest)
+    initial = config.initial_model
+    space = trained_space(initial, manifest)
     return ModelCard(
         unet_digest=digests[0],
         conditioner_digest=digests[1],
@@ -317,6 +343,7 @@ def _card(
             "config_digest": config.digest(),
             "samples_seen": str(samples_seen),
             "half_life_samples": str(half_life),
+            **(initial.lineage() if initial else {}),
         },
     )
 

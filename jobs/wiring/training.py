@@ -9,6 +9,7 @@ from functools import partial
 
 from jobs.session import TrainingBar, is_main_process, ray_session, stop_request, terminated_like_interrupted
 from jobs.wiring.attempts import AttemptKeeper, introduced
+from jobs.wiring.initial_model import InitialModel, initial_inputs
 from jobs.wiring.provenance import provenance
 from jobs.wiring.recording import save_run_config
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig
@@ -35,6 +36,7 @@ def run_training(
     data: Manifest,
     data_uri: str,
     repeats: str = "",
+    initial: InitialModel | None = None,
 ) -> Outcome:
     """Run a training to its end, or until it is asked to stop, and return its outcome.
 
@@ -46,6 +48,7 @@ def run_training(
         data: manifest of what it is trained on.
         data_uri: where that lies.
         repeats: id of the MLflow run that it repeats; empty for none.
+        initial: the model that it begins with, if it does.
 
     Raises:
         KeyboardInterrupt: after a stop that was asked for; the state is saved.
@@ -61,7 +64,7 @@ def run_training(
         storage.check_writable(config.record)
         save_run_config(config, config.root)
         save_run_config(config, config.record)
-        write_inputs(config.record, inputs_of(data, data_uri))
+        write_inputs(config.record, inputs_of(data, data_uri, initial))
         made_with = provenance()
         begun = read_attempts(config.record)  # a run that can be made only now is still the one that began then
         tags = begun[0].tags if begun else made_with.tags
@@ -76,14 +79,15 @@ def run_training(
     return outcome
 
 
-def inputs_of(data: Manifest, uri: str) -> list[DataInput]:
-    """Return the data of a training with their digests: the folder that it reads, and what that was made from."""
+def inputs_of(data: Manifest, uri: str, initial: InitialModel | None = None) -> list[DataInput]:
+    """Return what a training is fed, with digests: the folder that it reads, what that was made from, and a model."""
     rows = {split.value: data.num_rows(split) for split in Split}
     given = DataInput(name=data.kind, uri=uri, digest=data.digest, context="training", profile=rows)
     if "dataset" not in data.summary:
-        return [given]
+        return [given, *initial_inputs(initial)]
     digest = str(data.summary["dataset"])  # latents know their dataset by its digest alone
-    return [given, DataInput(name="dataset", uri=uri, digest=digest, context=f"source of {data.kind}", profile={})]
+    source = DataInput(name="dataset", uri=uri, digest=digest, context=f"source of {data.kind}", profile={})
+    return [given, source, *initial_inputs(initial)]
 
 
 def launch(

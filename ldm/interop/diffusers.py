@@ -24,13 +24,21 @@ from ldm.interop.diffusers_unet import (
     unet_config,
     unet_facts,
 )
-from ldm.interop.weights import check_weights, digest_of_weights, fill, load_weights, save_weights
+from ldm.interop.weights import (
+    check_weights,
+    digest_of_weights,
+    fill,
+    load_weights,
+    safetensors_files,
+    save_weights,
+)
 from ldm.storage import exists, join, read_text, write_text
 from ldm.unet.model import UNet, UNetConfig
 
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-PICKLE_NAME = "diffusion_pytorch_model.bin"
+WEIGHTS_STEM = "diffusion_pytorch_model"
+WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
+PICKLE_NAME = f"{WEIGHTS_STEM}.bin"
 """The weights of folders from before safetensors."""
 
 KL_CLASS, VQ_CLASS = "AutoencoderKL", "VQModel"
@@ -56,7 +64,7 @@ def load_autoencoder(folder: str) -> Autoencoder:
         FileNotFoundError: if the folder lacks a file.
         ValueError: if it holds another network, or a part of one, naming what differs.
     """
-    return load_autoencoder_files(join(folder, CONFIG_NAME), weights_path(folder), origin=folder)
+    return _autoencoder(join(folder, CONFIG_NAME), _weights_in(folder), folder)
 
 
 def load_autoencoder_files(config_path: str, weights_path: str, *, origin: str) -> Autoencoder:
@@ -66,12 +74,7 @@ def load_autoencoder_files(config_path: str, weights_path: str, *, origin: str) 
         FileNotFoundError: if there is no such file.
         ValueError: if they hold another network, or a part of one, naming what differs.
     """
-    facts = _read_facts(config_path, origin, AUTOENCODER_CONSTANTS)
-    with torch.device("meta"):
-        model = Autoencoder(_autoencoder_config(facts, origin))
-    weights = {_renamed(name): tensor for name, tensor in load_weights(weights_path).items()}
-    fill(model, weights, origin)
-    return model
+    return _autoencoder(config_path, load_weights(weights_path), origin)
 
 
 def weights_path(folder: str) -> str:
@@ -103,8 +106,7 @@ def load_unet(folder: str) -> UNet:
     facts = _read_facts(join(folder, CONFIG_NAME), folder, UNET_CONSTANTS)
     with torch.device("meta"):
         model = UNet(unet_config(facts, folder))
-    weights = load_weights(weights_path(folder))
-    fill(model, {_renamed(name): tensor for name, tensor in weights.items()}, folder)
+    fill(model, _renamed(_weights_in(folder)), folder)
     return model
 
 
@@ -200,7 +202,24 @@ def _read_facts(path: str, folder: str, constants_of_class: Mapping[str, Facts])
     return facts
 
 
-def _renamed(name: str) -> str:
-    for old, new in OLD_ATTENTION_NAMES.items():
-        name = name.replace(old, new)
-    return name
+def _autoencoder(config_path: str, weights: Mapping[str, Tensor], origin: str) -> Autoencoder:
+    facts = _read_facts(config_path, origin, AUTOENCODER_CONSTANTS)
+    with torch.device("meta"):
+        model = Autoencoder(_autoencoder_config(facts, origin))
+    fill(model, _renamed(weights), origin)
+    return model
+
+
+def _weights_in(folder: str) -> dict[str, Tensor]:
+    """Return a folder's weights, in one file or several, of a variant where there are no others."""
+    files = safetensors_files(folder, WEIGHTS_STEM) or [weights_path(folder)]
+    return {name: tensor for path in files for name, tensor in load_weights(path).items()}
+
+
+def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in weights.items():
+        for old, new in OLD_ATTENTION_NAMES.items():
+            name = name.replace(old, new)
+        found[name] = tensor
+    return found

@@ -2,8 +2,13 @@
 
     folder/   model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/
 
+A model that is told masks becomes a `StableDiffusionInpaintPipeline`: what lies beside the latent comes in one order
+in both. That one draws the masked image's latent from its posterior, ours is the mode; and it takes a mask's pixel in
+the corner of each latent's, ours in the middle: masks whose borders are those of latents are the same in both.
+
 Those pipelines know one number between raw and scaled latents, ours are a mean and a standard deviation for each
-channel. Both are linear, and so are the 1x1 convolutions on either side of the raw latents: the numbers go into them.
+channel. Both are linear, and so are the 1x1 convolutions on either side of the raw latents: where one number will not
+do, ours go into them.
 
     decode  post_quant_conv(std z + mean)        encode  (mean(x) - mean) / std, log var(x) - 2 log std
 """
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,23 +28,28 @@ from ldm.autoencoder.regularizer import LatentKind
 from ldm.conditioning.conditioner import TextUse
 from ldm.conditioning.text import TextEncoderKind, encoder_folder
 from ldm.conditioning.text_files import CONFIG_FILE, TOKENIZER_FILES, weight_files
-from ldm.diffusion.process import Prediction
-from ldm.diffusion.schedule import ScheduleConfig, ScheduleKind, betas
+from ldm.diffusion.schedule import ScheduleKind
 from ldm.interop.diffusers import CONFIG_NAME, load_autoencoder, save_autoencoder
+from ldm.interop.diffusers_scheduler import PREDICTIONS, scheduler_facts
 from ldm.latents import LatentSpace
 from ldm.model_card import AUTOENCODER_FOLDER, ModelCard, load_card
-from ldm.samplers.grids import Grid
 from ldm.text_to_image import load_text_to_image
 
 INDEX_FILE = "model_index.json"
-PREDICTIONS = {
-    Prediction.NOISE: "epsilon",
-    Prediction.CLEAN: "sample",
-    Prediction.VELOCITY: "v_prediction",
+LAYOUT_VERSION = "0.36.0"
+"""The release whose layout this is; the inpainting pipeline does not load without one."""
+CLASS, INPAINTING_CLASS = "StableDiffusionPipeline", "StableDiffusionInpaintPipeline"
+INPAINTING_CHANNELS = 4
+"""Of the latents, with which alone that class looks at what lies beside them."""
+PARTS = {
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
 }
-SPACINGS = {Grid.TRAILING: "trailing", Grid.LINSPACE: "linspace"}
-"""Other grids become trailing: those pipelines begin leading ones at timestep 1 whatever their scheduler says."""
-SCHEDULES = {ScheduleKind.SCALED_LINEAR: "scaled_linear", ScheduleKind.LINEAR: "linear"}
+ABSENT = ("safety_checker", "feature_extractor", "image_encoder")
+"""What those pipelines may have besides, and ours have not."""
 UNET = "unet"
 
 
@@ -48,22 +59,30 @@ def check_exportable(card: ModelCard) -> None:
     Raises:
         ValueError: naming what it is told, made of or trained with that those pipelines do not know.
     """
+    is_inpainting, channels = card.conditioning.has_masked_image, card.space.num_channels
     lacks = {
         "its text encoder is not CLIP's text tower": card.text.kind is not TextEncoderKind.CLIP,
-        "it is told more than a frozen text encoder's states": not (
-            card.conditioning.is_text_only and card.conditioning.text is TextUse.FROZEN
+        "it is told more than a frozen text encoder's states and a masked image": not (
+            replace(card.conditioning, has_masked_image=False).is_text_only and card.conditioning.text is TextUse.FROZEN
         ),
+        f"it inpaints latents of {channels} channels, not {INPAINTING_CHANNELS}": is_inpainting
+        and channels != INPAINTING_CHANNELS,
         "its latents are a codebook's": card.latent_kind is not LatentKind.KL_MOMENTS,
         f"its schedule is {card.schedule.kind.value}": card.schedule.kind in (ScheduleKind.EDM, ScheduleKind.FLOW),
         f"it predicts {card.prediction.value}": card.prediction not in PREDICTIONS,
         f"its text encoder is read at layer {card.text.read_layer}": card.text.read_layer != -1,
     }
     if found := [reason for reason, holds in lacks.items() if holds]:
-        raise ValueError(f"StableDiffusionPipeline can't be this model: {'; '.join(found)}")
+        raise ValueError(f"{pipeline_class(card)} can't be this model: {'; '.join(found)}")
 
 
-def export_pipeline(model: str, target: str) -> None:
-    """Write the pipeline's folder; what lies there under the same names is replaced.
+def pipeline_class(card: ModelCard) -> str:
+    """Return the name of the pipeline that a model becomes."""
+    return INPAINTING_CLASS if card.conditioning.has_masked_image else CLASS
+
+
+def export_pipeline(model: str, target: str) -> str:
+    """Write the pipeline's folder, and return the name of its class; what lies there under the same names is replaced.
 
     Args:
         model: folder or URL of a finished model.
@@ -81,14 +100,22 @@ def export_pipeline(model: str, target: str) -> None:
     storage.remove_file(storage.join(target, INDEX_FILE))  # it makes the folder whole, and comes back last
     _copy_unet(model, target, card)
     vae = storage.join(target, AUTOENCODER_FOLDER)
-    autoencoder = folded(load_autoencoder(storage.join(model, AUTOENCODER_FOLDER)), card.space)
-    save_autoencoder(autoencoder, vae)
+    autoencoder, scale = load_autoencoder(storage.join(model, AUTOENCODER_FOLDER)), one_scale(card.space)
+    save_autoencoder(autoencoder if scale else folded(autoencoder, card.space), vae)
     sides = [side * autoencoder.config.factor for side in card.latent_size]
-    _add_facts(vae, {"scaling_factor": 1.0, "sample_size": max(sides)})
+    _add_facts(vae, {"scaling_factor": scale or 1.0, "sample_size": max(sides)})
     _copy_text(card, target)
-    scheduler = {"_class_name": "DDIMScheduler", **scheduler_facts(card)}
+    facts = scheduler_facts(card.schedule, card.prediction, card.sampler.grid)
+    scheduler = {"_class_name": "DDIMScheduler", **facts}
     storage.write_text(storage.join(target, "scheduler", "scheduler_config.json"), json.dumps(scheduler, indent=2))
-    storage.write_text(storage.join(target, INDEX_FILE), json.dumps(_index(), indent=2))
+    storage.write_text(storage.join(target, INDEX_FILE), json.dumps(_index(pipeline_class(card)), indent=2))
+    return pipeline_class(card)
+
+
+def one_scale(space: LatentSpace) -> float:
+    """Return the number that is the whole way from raw to scaled latents; 0 where one is not enough."""
+    is_one = not any(space.mean) and len(set(space.std)) == 1
+    return 1 / space.std[0] if is_one else 0.0
 
 
 def folded(autoencoder: Autoencoder, space: LatentSpace) -> Autoencoder:
@@ -107,32 +134,6 @@ def folded(autoencoder: Autoencoder, space: LatentSpace) -> Autoencoder:
         out.weight.copy_(out.weight.double() / scale[:, None, None, None])
         out.bias.copy_(out.bias.double() / scale - shift)
     return made
-
-
-def scheduler_facts(card: ModelCard) -> dict[str, Any]:
-    """Return what any scheduler of diffusers must know of the training, and how its steps are spread.
-
-    Its DDIM takes our very steps where their number divides that of the timesteps; else it steps to times beside those
-    at which it calls the network next.
-    """
-    schedule = card.schedule
-    return {
-        **_betas(schedule),
-        "num_train_timesteps": schedule.num_timesteps,
-        "rescale_betas_zero_snr": schedule.has_zero_terminal_snr,
-        "prediction_type": PREDICTIONS[card.prediction],
-        "timestep_spacing": SPACINGS.get(card.sampler.grid, "trailing"),
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-        "clip_sample": False,
-    }
-
-
-def _betas(schedule: ScheduleConfig) -> dict[str, Any]:
-    named = SCHEDULES.get(schedule.kind)
-    if named is None:
-        return {"trained_betas": betas(schedule).tolist()}
-    return {"beta_schedule": named, "beta_start": schedule.start, "beta_end": schedule.end}
 
 
 def _copy_unet(model: str, target: str, card: ModelCard) -> None:
@@ -162,16 +163,12 @@ def _add_facts(folder: str, facts: dict[str, Any], name: str = CONFIG_NAME) -> N
     storage.write_text(path, json.dumps({**known, **facts}, indent=2, sort_keys=True) + "\n")
 
 
-def _index() -> dict[str, Any]:
+def _index(name: str) -> dict[str, Any]:
+    absent = {part: [None, None] for part in ABSENT}
     return {
-        "_class_name": "StableDiffusionPipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
+        "_class_name": name,
+        "_diffusers_version": LAYOUT_VERSION,
+        **PARTS,
+        **absent,
         "requires_safety_checker": False,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -12,9 +13,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ldm.storage import is_local, located, read_bytes, write_bytes
+from ldm.storage import exists, is_local, join, located, read_bytes, read_text, write_bytes
 
 MAX_LISTED = 8
+VARIANTS = ("", "fp32", "fp16", "bf16")
+"""What tells files of one network's weights apart, the best first: the usual ones have no such part in their names."""
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -39,6 +42,33 @@ def load_weights(path: str, prefix: str = "") -> dict[str, Tensor]:
         return _from_safetensors(path, prefix)
     weights = _from_pickle(path)
     return {name.removeprefix(prefix): weights[name] for name in _chosen(weights, prefix)}
+
+
+def safetensors_files(folder: str, stem: str) -> list[str]:
+    """Return the files of a folder that hold one network's weights together; none if there are none.
+
+    That is one file, or several that an index names; without either of them, those of a variant (`stem.fp16...`).
+
+    Raises:
+        ValueError: if an index names a file that is not there, or is none.
+    """
+    for variant in VARIANTS:
+        dotted = f".{variant}" if variant else ""
+        if exists(whole := join(folder, f"{stem}{dotted}.safetensors")):
+            return [whole]
+        if exists(index := join(folder, f"{stem}.safetensors.index{dotted}.json")):
+            return _indexed(folder, index)
+    return []
+
+
+def _indexed(folder: str, index: str) -> list[str]:
+    content = json.loads(read_text(index))
+    if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
+        raise ValueError(f"{index} must hold a weight_map")
+    files = [join(folder, name) for name in sorted(set(content["weight_map"].values()))]
+    if missing := [path for path in files if not exists(path)]:
+        raise ValueError(f"{index} names files that are not there: {_listed(missing)}")
+    return files
 
 
 def _from_safetensors(path: str, prefix: str) -> dict[str, Tensor]:

@@ -27,6 +27,9 @@ class Grid(StrEnum):
     """Evenly, starting at the last timestep, where a latent is noisiest (Lin et al. 2024, table 2)."""
     LEADING = "leading"
     """Evenly, ending at timestep 0 (Song et al. 2021, appendix D.2); starts below the last timestep."""
+    LEADING_TO_ONE = "leading_to_one"
+    """As leading, each a timestep later, as Stable Diffusion's own samplers have it (diffusers' `leading` with
+    `steps_offset` 1). With as many steps as timesteps it is leading."""
     LINSPACE = "linspace"
     """Evenly from the last timestep to 0, both included (Nichol and Dhariwal 2021)."""
     QUADRATIC = "quadratic"
@@ -48,14 +51,18 @@ def time_grid(grid: Grid, schedule: Schedule, num_steps: int) -> Float[Tensor, "
     total = schedule.num_timesteps
     if not 1 <= num_steps <= total:
         raise ValueError(f"num_steps must lie between 1 and the schedule's {total} timesteps, got {num_steps}")
-    if grid is Grid.LEADING and schedule.config.ends_without_signal:
-        raise ValueError("grid leading starts below the last timestep, and this schedule's pure noise is there alone")
+    if grid in (Grid.LEADING, Grid.LEADING_TO_ONE) and schedule.config.ends_without_signal:
+        raise ValueError(
+            f"grid {grid.value} starts below the last timestep, and this schedule's pure noise is there alone"
+        )
     steps = torch.arange(num_steps, dtype=torch.float64)
     match grid:
         case Grid.TRAILING:
             times = torch.round(total - steps * total / num_steps) - 1
         case Grid.LEADING:
             times = torch.floor(steps * total / num_steps).flip(0)
+        case Grid.LEADING_TO_ONE:
+            times = torch.floor(steps * total / num_steps).flip(0) + (num_steps < total)
         case Grid.LINSPACE:
             times = torch.round(total - 1 - steps * (total - 1) / max(num_steps - 1, 1))
         case Grid.QUADRATIC:
