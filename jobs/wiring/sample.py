@@ -17,7 +17,8 @@ from jobs.wiring.picture_settings import save_with_settings, settings_of
 from ldm import storage
 from ldm.config import added_later, digest_of
 from ldm.drawing import Drawing, Given, Pixels, check_strength
-from ldm.requests import fitted, fitted_map, fitted_mask, layout_from, map_from, mask_from, picture_from
+from ldm.request_table import layout_in
+from ldm.requests import fitted, fitted_map, fitted_mask, map_from, mask_from, picture_from
 from ldm.text_to_image import TextToImage, find_model, load_card, load_text_to_image, model_digest
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
@@ -219,7 +220,7 @@ def _given(config: SampleConfig, model: TextToImage, count: int) -> Given | None
     if config.classes:
         parts["classes"] = tuple(number for number in config.classes for _ in range(columns))
     if config.layouts:
-        layouts = [layout_from(_boxes_in(text)) for text in config.layouts]
+        layouts = [layout_in(text) for text in config.layouts]
         parts["layouts"] = tuple(layout for layout in layouts for _ in range(columns))
     if config.semantic_map:
         parts["maps"] = np.stack([fitted_map(map_from(config.semantic_map), size)] * count)
@@ -228,13 +229,6 @@ def _given(config: SampleConfig, model: TextToImage, count: int) -> Given | None
     if config.picture:
         parts |= _begun(config, size, count)
     return Given(**parts) if parts else None
-
-
-def _boxes_in(text: str) -> list[list[float]]:
-    try:
-        return [[float(number) for number in box.split()] for box in text.split(";") if box.strip()]
-    except ValueError as error:
-        raise ValueError(f"a layout is 'CLASS LEFT TOP RIGHT BOTTOM; ...', got {text!r}") from error
 
 
 def _begun(config: SampleConfig, size: tuple[int, int], count: int) -> dict[str, Any]:
