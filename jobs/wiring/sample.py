@@ -24,6 +24,7 @@ from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
+from pipeline.generate_config import BulkConfig, GenerateConfig
 
 LEAST_CELL, LARGEST_CELL = 128, 512
 """Pixels of the longer side of a grid's pictures: smaller ones are enlarged, larger ones shrunk."""
@@ -38,10 +39,10 @@ GAP = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig(Drawing):
-    """Draw a grid of prompts x guidance scales, or its pictures one by one."""
+    """Draw a grid of prompts x guidance scales, its pictures one by one, or a file of prompts into tars."""
 
     root: str
-    """Folder that pictures are written to."""
+    """Folder that pictures are written to; tars of a file of prompts go to bulk.root."""
     record: str
     """Local folder of the training's record, which names its MLflow run."""
     model: str
@@ -50,6 +51,11 @@ class SampleConfig(Drawing):
     """Digest of the model; empty takes the one that lies there now. A picture's own settings name it."""
     prompts: tuple[str, ...]
     """One row of the grid each."""
+    prompts_from: str = added_later("")
+    """File of prompts that are drawn into tars in place of a grid: parquet, CSV, TSV, JSONL or text, a folder or
+    wildcards of such files, or a URL. Its columns are those of a table that is served; see bulk."""
+    bulk: BulkConfig = added_later(BulkConfig())
+    """How a file of prompts is drawn."""
     negative_prompt: str = added_later("")
     """What guidance leads away from, in all pictures."""
     guidance: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
@@ -82,6 +88,9 @@ class SampleConfig(Drawing):
 
     def __post_init__(self) -> None:
         Drawing.__post_init__(self)
+        if self.prompts_from:
+            self._check_alone()
+            return
         if not self.prompts or not self.guidance:
             raise ValueError("a grid needs at least one prompt and one guidance scale")
         for name in ("classes", "layouts"):
@@ -92,6 +101,32 @@ class SampleConfig(Drawing):
         if self.mask and not self.picture:
             raise ValueError("a mask needs a picture that it lies over: --picture FILE")
         check_strength(self.strength, has_picture=bool(self.picture), has_mask=bool(self.mask))
+
+    def _check_alone(self) -> None:
+        """Refuse what is said of a grid where a file of prompts is drawn."""
+        if len(self.guidance) != 1:
+            raise ValueError(
+                "a file of prompts is drawn at one guidance scale, which its rows may change: give one, such as "
+                f"--guidance 3, got {', '.join(f'{scale:g}' for scale in self.guidance)}"
+            )
+        names = (*FILES, "classes", "layouts", "is_separate")
+        if given := [name for name in names if getattr(self, name)]:
+            raise ValueError(
+                f"{', '.join(given)} are of a grid: the rows of a file of prompts name their own in columns"
+            )
+
+    def generate_config(self) -> GenerateConfig:
+        """Return how the file of prompts is drawn."""
+        return GenerateConfig(
+            prompts=_whole(self.prompts_from),
+            model=_whole(self.model),
+            model_digest=self.model_digest,
+            drawing=self.drawing,
+            guidance=self.guidance[0],
+            negative_prompt=self.negative_prompt,
+            seed=self.seed,
+            bulk=replace(self.bulk, root=_whole(self.bulk.root) if self.bulk.root else ""),
+        )
 
     @property
     def drawing(self) -> Drawing:
