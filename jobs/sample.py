@@ -1,4 +1,4 @@
-"""Draws a grid of prompts x guidance scales with a finished model.
+"""Draws a grid of prompts x guidance scales with a finished model, or a file of prompts into tars of pictures.
 
 python -m jobs.sample [RECIPE] [--home DIR] [--prompts "a red heart" "a green apple"] [--guidance 1 3 7]
     --height 128 --width 256 [--tile 64]     larger than trained
@@ -11,6 +11,8 @@ python -m jobs.sample TASK [RECIPE] ...
     upscale --small FILE                     a small picture larger
     interpolate --prompts "a sun" "a moon"   the way from one to the other
 python -m jobs.sample --repeat PICTURE.png   draws what the settings in a picture say
+python -m jobs.sample [RECIPE] [--home DIR] --prompts-from FILE --guidance 3 [--dry-run] [--bulk.verify]
+    --bulk.images-per-prompt 4 --bulk.carry id   four pictures of each row, its id in their JSON
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 from jobs.command_line import from_command_line, report_errors
 from jobs.recipes import SAMPLE
 from jobs.session import is_main_process, prepare
+from jobs.wiring.generate import draw_file
 from jobs.wiring.publishing import publish_picture
 from jobs.wiring.sample import sample_worker
 from jobs.wiring.sample_tasks import with_task
@@ -33,6 +36,8 @@ def main() -> None:
     """Draw the pictures, unless these very ones are there."""
     prepare()
     asked = from_command_line("sample", SAMPLE, with_task(sys.argv[1:]))
+    if asked.config.prompts_from:
+        sys.exit(draw_file(asked.config, dry_run=asked.dry_run))
     config, dry_run = asked.config.identified(), asked.dry_run
     paths = config.picture_paths()
     is_there = all(map(storage.exists, paths))

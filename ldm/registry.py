@@ -6,15 +6,13 @@ what it was made of, so that model, latents, dataset, code and evaluation can be
 
 from __future__ import annotations
 
-import base64
 import io
 import json
-import math
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,16 @@ from mlflow.types import DataType, ParamSchema, ParamSpec
 from ldm import storage
 from ldm.drawing import Drawing
 from ldm.model_card import AUTOENCODER_FOLDER, ModelCard, find_model, load_card, model_digest
-from ldm.requests import Request, draw, layout_from, map_from, mask_from, picture_from
+from ldm.request_table import (
+    COLUMNS,
+    drawing_in,
+    encoded_picture,
+    is_empty,
+    pictures_in,
+    request_of,
+    typed_cells,
+)
+from ldm.requests import Request, draw
 from ldm.text_to_image import TextToImage, load_text_to_image
 
 POINTER = "pointer"
@@ -111,24 +118,6 @@ class RegisteredTextToImage(PythonModel):
         return np.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else pictures
 
 
-COLUMNS = (
-    "prompt",
-    "negative_prompt",
-    "seed",
-    "guidance",
-    "steps",
-    "height",
-    "width",
-    "init_image",
-    "mask",
-    "strength",
-    "class_id",
-    "layout",
-    "semantic_map",
-    "small",
-)
-
-
 def requests_of(model_input: Any, params: Mapping[str, Any], card: ModelCard) -> list[Request]:
     """Return the requests of a pyfunc input; see `RegisteredTextToImage.predict`.
 
@@ -166,55 +155,14 @@ def _rows(model_input: Any) -> list[dict[str, Any]]:
     if unknown := [str(column) for column in table.columns if column not in COLUMNS]:
         raise ValueError(f"the table has the unknown columns {unknown}; known are {', '.join(COLUMNS)}")
     return [
-        {name: value for name, value in row.items() if name == "prompt" or not _is_empty(value)}
+        {name: value for name, value in row.items() if name == "prompt" or not is_empty(value)}
         for row in table.to_dict("records")
     ]
 
 
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value))
-
-
-def _picture_in(cell: Any) -> Any:
-    """Return what a cell holds: of text the bytes that it encodes, for an address would be opened with our rights.
-
-    Raises:
-        ValueError: if it is text of another kind.
-    """
-    if not isinstance(cell, str):
-        return cell
-    try:
-        return base64.b64decode(cell.rpartition("base64,")[2], validate=True)
-    except ValueError as error:
-        raise ValueError(
-            f"a picture in a table is base64 of a PNG's or JPEG's bytes, no address: got {cell[:40]!r}"
-        ) from error
-
-
 def _request(row: Mapping[str, Any], card: ModelCard) -> Request:
-    if not isinstance(row["prompt"], str):
-        raise ValueError(f"a prompt is text, got {row['prompt']!r}")
-    picture = picture_from(_picture_in(row["init_image"])) if "init_image" in row else None
-    sampler = replace(card.sampler, num_steps=int(row.get("steps", card.sampler.num_steps)))
-    drawing = Drawing(
-        sampler=sampler,
-        height=int(row.get("height", 0)),
-        width=int(row.get("width", 0)),
-        strength=float(row.get("strength", 1.0)),
-    )
-    return Request(
-        prompt=row["prompt"],
-        negative_prompt=str(row.get("negative_prompt", "")),
-        seed=int(row["seed"]),
-        guidance=float(row.get("guidance", card.guidance)),
-        drawing=drawing,
-        picture=picture,
-        mask=mask_from(_picture_in(row["mask"])) if "mask" in row else None,
-        class_id=int(row["class_id"]) if "class_id" in row else None,
-        layout=layout_from(row["layout"]) if "layout" in row else None,
-        semantic_map=map_from(_picture_in(row["semantic_map"])) if "semantic_map" in row else None,
-        small=picture_from(_picture_in(row["small"])) if "small" in row else None,
-    )
+    cells = {"guidance": card.guidance, **typed_cells(row)}
+    return request_of(cells, drawing_in(cells, Drawing(sampler=card.sampler)), pictures_in(cells, encoded_picture))
 
 
 def register(*, uri: str, run_id: str, name: str, folder: str, tags: Mapping[str, str]) -> RegisteredModel:

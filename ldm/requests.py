@@ -122,29 +122,52 @@ def draw(
     for (drawing, _), numbers in groups.items():
         for start in range(0, len(numbers), batch_size):
             part = numbers[start : start + batch_size]
-            pictures = _drawn_together(model, [requests[number] for number in part], drawing)
+            pictures = draw_together(model, [requests[number] for number in part], drawing)
             drawn.update(zip(part, pictures, strict=True))
             if on_done is not None:
                 on_done(len(drawn))
     return [drawn[number] for number in range(len(requests))]
 
 
-def _drawn_together(model: TextToImage, requests: Sequence[Request], drawing: Drawing) -> list[Picture]:
+def draw_together(
+    model: TextToImage, requests: Sequence[Request], drawing: Drawing, num_rows: int = 0
+) -> list[Picture]:
+    """Return the pictures of requests of one kind that are drawn alike, as one batch.
+
+    Args:
+        model: what draws.
+        requests: what is drawn.
+        drawing: how, their size included.
+        num_rows: rows of the batch: the last request fills it up, and its further pictures are dropped. With as many
+            rows a picture is the same to the bit, whatever is drawn beside it. 0 is as many as there are requests.
+
+    Raises:
+        ValueError: for one that the model can't draw.
+    """
+    filled = [*requests, *[requests[-1]] * (num_rows - len(requests))]
+    own = model.card.guidance
+    pictures = model.generate(
+        [request.prompt for request in filled],
+        seeds=[request.seed for request in filled],
+        guidance=[own if request.guidance is None else request.guidance for request in filled],
+        negative_prompts=[request.negative_prompt for request in filled],
+        drawing=drawing,
+        given=given_together(filled),
+        batch_size=len(filled),
+    )
+    return list(pictures[: len(requests)])
+
+
+def given_together(requests: Sequence[Request]) -> Given:
+    """Return what is given of requests of one kind beside their words.
+
+    Raises:
+        ValueError: if it can't be given.
+    """
     parts = [request.given() for request in requests]
     lists = {name: [part[name] for part in parts] for name in parts[0]}
     together: dict[str, Any] = {name: tuple(part) if name in LISTED else np.stack(part) for name, part in lists.items()}
-    own = model.card.guidance
-    return list(
-        model.generate(
-            [request.prompt for request in requests],
-            seeds=[request.seed for request in requests],
-            guidance=[own if request.guidance is None else request.guidance for request in requests],
-            negative_prompts=[request.negative_prompt for request in requests],
-            drawing=drawing,
-            given=Given(**together),
-            batch_size=len(requests),
-        )
-    )
+    return Given(**together)
 
 
 def picture_from(given: Any) -> Picture:

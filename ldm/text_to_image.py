@@ -19,7 +19,7 @@ from ldm.autoencoder.tiling import tiled_decode, tiled_encode
 from ldm.conditioning.conditioner import TextUse
 from ldm.conditioning.rows import RowConditions, null_condition
 from ldm.conditioning.text import TextEncoder, text_encoder_digest
-from ldm.conditioning.text_embedding import blended, condition_of, numbered_condition
+from ldm.conditioning.text_embedding import blended, embedded_condition, numbered_condition
 from ldm.denoiser import denoiser_digests, load_denoiser, unet_config
 from ldm.diffusion.schedule import Schedule
 from ldm.drawing import (
@@ -169,7 +169,9 @@ class TextToImage:
         encoder = self._text_encoder
         match self.card.conditioning.text:
             case TextUse.FROZEN:
-                told = condition_of(encoder.encode(list(prompts)), encoder.max_tokens)
+                # Each alone: in a batch of several, its neighbours' number would decide its last bits.
+                encode = partial(encoder.encode_tokens, batch_size=1)
+                told = embedded_condition(encoder.token_ids(list(prompts)), encode, encoder.max_tokens)
             case TextUse.TRAINED:
                 told = numbered_condition(encoder.token_ids(list(prompts)), encoder.max_tokens)
             case TextUse.NONE:

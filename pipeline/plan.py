@@ -71,7 +71,7 @@ class Plan:
 
     Attributes:
         root: the folder.
-        kind: "dataset" or "latents".
+        kind: "dataset", "latents" or "generated".
         identity: what the folder is made from and how; without paths.
         tasks: every shard that the finished folder has.
         make_stage: builds the stage inside a worker; must be picklable.

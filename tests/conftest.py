@@ -42,6 +42,7 @@ settings.load_profile("repeatable")
 STARTS_MANY_PROCESSES = {
     "test_cluster",
     "test_dataset_kills",
+    "test_generate_kills",
     "test_jobs",
     "test_lost_nodes",
     "test_run",

@@ -67,6 +67,7 @@ OPTIONAL = {
     "lpips": "the packaged ST-LPIPS does as well",
     "ldm.training.deepspeed_engine": "without DeepSpeed the local engine trains",
     "ldm.training.launch": "without Ray one process or torchrun trains",
+    "pipeline.run": "without Ray grids are drawn, files of prompts are not",
     "ray": "without Ray one process or torchrun trains",
     "ldm.training.tracking": "without MLflow a run's record is its own files",
     "ldm.training.tracked_page": "without MLflow a run's record is its own files",

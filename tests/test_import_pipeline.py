@@ -167,7 +167,7 @@ def test_image_to_image_is_the_same_where_step_counts_are(folder: Path, strength
     noises = torch.stack([torch.randn(2, *shape, generator=each)[1] for each in generators])
     with torch.no_grad():
         clean = model.card.space.scaled_mode(model._autoencoder.encode(images_of(pixels, CPU)))
-        denoise = model._denoiser(model.condition(PROMPTS), model.condition(NEGATIVE), [GUIDANCE] * 2, Drawing().form)
+        denoise = model._denoiser(model.condition(PROMPTS), model.condition(NEGATIVE), [GUIDANCE] * 2, Drawing())
         sampler = SamplerConfig(num_steps=STEPS)
         latent = sample_from(
             denoise, Start(clean), noises, model._schedule, sampler, strength, lambda _: torch.zeros_like(noises)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.wiring.sample import SampleConfig, _boxes_in, sample_worker
+from jobs.wiring.sample import SampleConfig, sample_worker
 from jobs.wiring.train_ldm import row_conditions
 from ldm.conditioning.masks import random_mask
 from ldm.drawing import Drawing, Given
 from ldm.registry import requests_of
+from ldm.request_table import boxes_in
 from ldm.requests import Request, draw, layout_from, map_from
 from ldm.samplers.sample import SamplerConfig
 from ldm.text_to_image import TextToImage, load_text_to_image
@@ -196,7 +197,7 @@ def test_a_layout_that_is_none_is_refused_as_it_was_said(folder: Path, tmp_path:
     with pytest.raises(ValueError, match=r"classes are one for each of the 2 prompts, got \(1,\)"):
         SampleConfig(**given, classes=(1,))
     with pytest.raises(ValueError, match="a layout is 'CLASS LEFT TOP RIGHT BOTTOM; ...', got '1 a b'"):
-        _boxes_in("1 a b")
+        boxes_in("1 a b")
 
 
 @pytest.mark.parametrize("box", [(1, 0.5, 0.1, 0.4, 0.6), (1, 0.0, 0.1, 0.4)])

@@ -121,7 +121,7 @@ def ours(
     drawing = Drawing(sampler=sampler or SamplerConfig(num_steps=STEPS, grid=model.card.sampler.grid))
     with torch.no_grad():
         told = model._told(model.condition(prompts), given, len(prompts), (SIDE, SIDE))
-        denoise = model._denoiser(told, model.condition(NEGATIVE), [guidance] * len(prompts), drawing.form)
+        denoise = model._denoiser(told, model.condition(NEGATIVE), [guidance] * len(prompts), drawing)
         latent = model._sampled(denoise, SEEDS, (SIDE, SIDE), drawing, given, None)
         return pictures(model, latent)
 

@@ -28,6 +28,7 @@ from ldm.training.optim import Decay, OptimConfig
 from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.tracking_config import TrackingConfig
 from ldm.unet import zoo as unets
+from pipeline.generate_config import BulkConfig
 from pipeline.ingest.transforms import ImageFormat, PictureConfig
 from pipeline.sources.emoji import EmojiConfig
 
@@ -140,6 +141,7 @@ def sample(home: str) -> SampleConfig:
         record=_record(home, "ldm"),
         model=join(home, "ldm", "model"),
         prompts=PROMPTS,
+        bulk=BulkConfig(root=join(home, "generated"), record=_record(home, "generated")),
         guidance=(1.0, 2.0, 4.0),
         sampler=SAMPLER,
         launch=LaunchConfig(num_workers=1, cpus_per_worker=2),

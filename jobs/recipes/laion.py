@@ -30,6 +30,7 @@ from ldm.training.optim import OptimConfig
 from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.training.tracking_config import TrackingConfig
 from ldm.unet import zoo as unets
+from pipeline.generate_config import BulkConfig
 from pipeline.ingest.duplicates import DuplicateConfig
 from pipeline.ingest.filters import FilterConfig, laion_safety
 from pipeline.ingest.transforms import PictureConfig
@@ -160,6 +161,7 @@ def sample(home: str) -> SampleConfig:
         record=join(kept_here(home), "records", "ldm"),
         model=join(home, "ldm", "model"),
         prompts=PROMPTS,
+        bulk=BulkConfig(root=join(home, "generated"), record=join(kept_here(home), "records", "generated")),
         sampler=SAMPLER,
         launch=LaunchConfig(num_workers=1, cpus_per_worker=8, gpus_per_worker=1),
         tracking=TRACKING,

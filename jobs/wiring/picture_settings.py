@@ -19,8 +19,8 @@ from ldm.config import Config
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 NAME = "settings"
-OF_THE_PLACE = ("root", "record", "launch", "tracking")
-"""Fields of a configuration that say where something is drawn."""
+OF_THE_PLACE = ("root", "record", "launch", "tracking", "bulk")
+"""Fields of a configuration that say where something is drawn, or how files of prompts are."""
 PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
 
 

@@ -19,13 +19,15 @@ from ldm import storage
 from ldm.config import added_later, digest_of
 from ldm.drawing import Drawing, Given, Pixels, check_strength
 from ldm.model_card import find_model, load_card, model_digest
-from ldm.requests import fitted, fitted_map, fitted_mask, layout_from, map_from, mask_from, outpainted, picture_from
+from ldm.request_table import layout_in
+from ldm.requests import fitted, fitted_map, fitted_mask, map_from, mask_from, outpainted, picture_from
 from ldm.safety import Safety, SafetyConfig
 from ldm.text_to_image import TextToImage, load_text_to_image
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import Progress
 from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
+from pipeline.generate_config import BulkConfig, GenerateConfig
 
 LEAST_CELL, LARGEST_CELL = 128, 512
 """Pixels of the longer side of a grid's pictures: smaller ones are enlarged, larger ones shrunk."""
@@ -40,13 +42,13 @@ GAP = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig(Drawing):
-    """Draw a grid of prompts x guidance scales, or its pictures one by one."""
+    """Draw a grid of prompts x guidance scales, its pictures one by one, or a file of prompts into tars."""
 
     task: SampleTask = added_later(SampleTask.DRAW)
     """What is asked of the model: draw, vary (like a picture), inpaint, outpaint, upscale or interpolate; may stand
     first, before the recipe."""
     root: str
-    """Folder that pictures are written to."""
+    """Folder that pictures are written to; tars of a file of prompts go to bulk.root."""
     record: str
     """Local folder of the training's record, which names its MLflow run."""
     model: str
@@ -55,6 +57,11 @@ class SampleConfig(Drawing):
     """Digest of the model; empty takes the one that lies there now. A picture's own settings name it."""
     prompts: tuple[str, ...]
     """One row of the grid each."""
+    prompts_from: str = added_later("")
+    """File of prompts that are drawn into tars in place of a grid: parquet, CSV, TSV, JSONL or text, a folder or
+    wildcards of such files, or a URL. Its columns are those of a table that is served; see bulk."""
+    bulk: BulkConfig = added_later(BulkConfig())
+    """How a file of prompts is drawn."""
     negative_prompt: str = added_later("")
     """What guidance leads away from, in all pictures."""
     guidance: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
@@ -94,6 +101,9 @@ class SampleConfig(Drawing):
 
     def __post_init__(self) -> None:
         Drawing.__post_init__(self)
+        if self.prompts_from:
+            self._check_alone()
+            return
         if not self.prompts or not self.guidance:
             raise ValueError("a grid needs at least one prompt and one guidance scale")
         for name in ("classes", "layouts"):
@@ -110,6 +120,32 @@ class SampleConfig(Drawing):
             raise ValueError(f"interpolate goes from one prompt to another, two in all: got {self.prompts}")
         has_mask = bool(self.mask) or self.task is SampleTask.OUTPAINT
         check_strength(self.strength, has_picture=bool(self.picture), has_mask=has_mask)
+
+    def _check_alone(self) -> None:
+        """Refuse what is said of a grid where a file of prompts is drawn."""
+        if len(self.guidance) != 1:
+            raise ValueError(
+                "a file of prompts is drawn at one guidance scale, which its rows may change: give one, such as "
+                f"--guidance 3, got {', '.join(f'{scale:g}' for scale in self.guidance)}"
+            )
+        names = (*FILES, "classes", "layouts", "is_separate")
+        if given := [name for name in names if getattr(self, name)]:
+            raise ValueError(
+                f"{', '.join(given)} are of a grid: the rows of a file of prompts name their own in columns"
+            )
+
+    def generate_config(self) -> GenerateConfig:
+        """Return how the file of prompts is drawn."""
+        return GenerateConfig(
+            prompts=_whole(self.prompts_from),
+            model=_whole(self.model),
+            model_digest=self.model_digest,
+            drawing=self.drawing,
+            guidance=self.guidance[0],
+            negative_prompt=self.negative_prompt,
+            seed=self.seed,
+            bulk=replace(self.bulk, root=_whole(self.bulk.root) if self.bulk.root else ""),
+        )
 
     @property
     def drawing(self) -> Drawing:
@@ -297,7 +333,7 @@ def _given(config: SampleConfig, model: TextToImage, count: int) -> Given | None
     if config.classes:
         parts["classes"] = tuple(number for number in config.classes for _ in range(columns))
     if config.layouts:
-        layouts = [layout_from(_boxes_in(text)) for text in config.layouts]
+        layouts = [layout_in(text) for text in config.layouts]
         parts["layouts"] = tuple(layout for layout in layouts for _ in range(columns))
     if config.semantic_map:
         parts["maps"] = np.stack([fitted_map(map_from(config.semantic_map), size)] * count)
@@ -306,13 +342,6 @@ def _given(config: SampleConfig, model: TextToImage, count: int) -> Given | None
     if config.picture:
         parts |= _begun(config, size, count)
     return Given(**parts) if parts else None
-
-
-def _boxes_in(text: str) -> list[list[float]]:
-    try:
-        return [[float(number) for number in box.split()] for box in text.split(";") if box.strip()]
-    except ValueError as error:
-        raise ValueError(f"a layout is 'CLASS LEFT TOP RIGHT BOTTOM; ...', got {text!r}") from error
 
 
 def _begun(config: SampleConfig, size: tuple[int, int], count: int) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from pipeline.sources.values import text_of
 DELIMITERS = {".csv": b",", ".tsv": b"\t", ".jsonl": b"", ".ndjson": b""}
 COMPRESSIONS = (".gz", ".zst")
 TEXT_SUFFIXES = (*DELIMITERS, *(f"{kind}{packed}" for kind in DELIMITERS for packed in COMPRESSIONS))
+PLAIN_SUFFIXES = (".txt", *(f".txt{packed}" for packed in COMPRESSIONS))
+"""Of plain text, which is read where a reader names its one column."""
 
 BUFFER_BYTES = 1 << 20
 STEP_BYTES = 4096
@@ -48,14 +50,18 @@ class TextFile:
     Attributes:
         place: where it lies; the end of its name says the format.
         column_names: the names of its columns where it has no header line; () where it has one.
+        line_column: the name of the one column of a plain text, whose lines are its values.
     """
 
     place: Place
     column_names: tuple[str, ...] = ()
+    line_column: str = ""
 
     @property
     def delimiter(self) -> bytes:
-        """What parts fields; b"" for JSONL."""
+        """What parts fields; b"" for JSONL and plain text."""
+        if self.line_column:
+            return b""
         stem = self.place.name.lower().partition("?")[0]
         for packed in COMPRESSIONS:
             stem = stem.removesuffix(packed)
@@ -138,6 +144,8 @@ class TextFile:
     def _row(self, record: Record, columns: tuple[str, ...]) -> Mapping[str, Any] | Broken:
         if record.problem:
             return Broken(reason=record.problem, content=record.content)
+        if self.line_column:
+            return {self.line_column: text_of(record.content)}
         if not self.delimiter:
             return _json_row(record.content)
         fields = fields_of(record, self.delimiter)

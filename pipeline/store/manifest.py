@@ -79,7 +79,7 @@ class Manifest:
     """The whole of a published folder.
 
     Attributes:
-        kind: "dataset" or "latents".
+        kind: "dataset", "latents" or "generated".
         version: SCHEMA_VERSION of the code that wrote it.
         identity: what the folder was made from and how; two folders with equal identity have equal rows.
         shards: every shard, sorted by split and name.
@@ -194,7 +194,8 @@ def load_manifest(root: str) -> Manifest:
     if not exists(path):
         raise ValueError(
             f"{root} holds no {MANIFEST_NAME}: the job that fills it (jobs.shard_dataset for a dataset, "
-            "jobs.precompute_latents for latents) has not ended, or the path is wrong"
+            "jobs.precompute_latents for latents, jobs.sample --prompts-from for pictures) has not ended, or the path "
+            "is wrong"
         )
     manifest = Manifest.from_dict(json.loads(read_bytes(path)))
     if manifest.version != SCHEMA_VERSION:

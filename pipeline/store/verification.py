@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,8 +54,18 @@ def verify_dataset(root: str) -> Verification:
     Raises:
         ValueError: if there is no manifest.
     """
+    found = verify_shards(root)
+    return replace(found, problems=(*_journal_problems(root, load_manifest(root)), *found.problems))
+
+
+def verify_shards(root: str) -> Verification:
+    """Read a finished folder of tars with ledgers back and return what is wrong with it, whatever it was planned by.
+
+    Raises:
+        ValueError: if there is no manifest.
+    """
     manifest = load_manifest(root)
-    problems = [*_journal_problems(root, manifest), *verify(root)]
+    problems = verify(root)
     with ThreadPoolExecutor(NUM_SHARDS_AT_ONCE) as readers:
         for found in readers.map(lambda shard: shard_problems(root, shard), manifest.shards):
             problems += found

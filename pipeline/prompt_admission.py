@@ -1,0 +1,143 @@
+"""Rows of a file of prompts → requests that a model can draw, or the named reason why not.
+
+Order: cells → pictures read and cut to the size that is drawn → the size → classes → all that the model is told.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ldm.conditioning.conditioner import ConditioningConfig, TextUse
+from ldm.drawing import Drawing, Given, check_strength, check_told, checked_size
+from ldm.model_sizes import ModelSizes
+from ldm.request_table import drawing_in, fitted_pictures, pictures_in, request_of
+from ldm.requests import Request, given_together
+from ldm.storage import join
+from pipeline.generate_config import GenerateConfig
+from pipeline.prompts import BAD_CELL, BROKEN_ROW, NO_PROMPT, PromptRow, PromptTable
+from pipeline.store.schema import Reject
+
+BAD_PICTURE, BAD_SIZE, UNKNOWN_CLASS, NOT_DRAWABLE = "bad_picture", "bad_size", "unknown_class", "not_drawable"
+GENERATE_REASONS: dict[str, str] = {
+    BROKEN_ROW: "the file can't be read there",
+    NO_PROMPT: "there is no text to draw",
+    BAD_CELL: "a number is none or out of its range, or a layout no boxes",
+    BAD_PICTURE: "a picture can't be read, or does not lie beside the file",
+    BAD_SIZE: "rows or columns are no multiples of what the networks shrink",
+    UNKNOWN_CLASS: "a class that the model was not trained with",
+    NOT_DRAWABLE: "the model is not told that, needs more, or its encoder refuses the prompt",
+}
+"""Every reason of a row that is not drawn, with what it means."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """What a row must be.
+
+    Attributes:
+        conditioning: what the model is told.
+        sizes: what it draws.
+        drawing: of rows that say nothing.
+        negative_prompt: of rows that say nothing.
+        guidance: of rows that say nothing.
+    """
+
+    conditioning: ConditioningConfig
+    sizes: ModelSizes
+    drawing: Drawing
+    negative_prompt: str
+    guidance: float
+
+    def request(self, row: PromptRow, seed: int) -> Request | Reject:
+        """Return what is drawn for a row with a seed; its drawing has whole sides, its pictures have them too."""
+        if row.reject is not None:
+            return row.reject
+        cells = {"negative_prompt": self.negative_prompt, "guidance": self.guidance, **row.cells, "seed": seed}
+        drawing = _kept(BAD_CELL, lambda: self._sized(drawing_in(cells, self.drawing)))
+        if isinstance(drawing, Reject):
+            return drawing
+        size = (drawing.height, drawing.width)
+        refused = _kept(BAD_SIZE, lambda: checked_size(drawing, Given(), self.sizes.trained, self.sizes.multiple))
+        if isinstance(refused, Reject):
+            return refused
+        pictures = _kept(
+            BAD_PICTURE,
+            lambda: fitted_pictures(pictures_in(cells, lambda cell: picture_beside(cell, row.folder)), size),
+        )
+        if isinstance(pictures, Reject):
+            return pictures
+        request = _kept(NOT_DRAWABLE, lambda: request_of(cells, drawing, pictures))
+        return request if isinstance(request, Reject) else self._checked(request, drawing)
+
+    def _checked(self, request: Request, drawing: Drawing) -> Request | Reject:
+        """Return the request, or why the model can't draw it."""
+        if unknown := self._unknown_class(request):
+            return Reject(UNKNOWN_CLASS, unknown)
+
+        def check() -> None:
+            given = given_together([request])
+            check_told(self.conditioning, given)
+            has_picture, has_mask = given.pixels is not None, given.masks is not None
+            check_strength(drawing.strength, has_picture=has_picture, has_mask=has_mask)
+
+        refused = _kept(NOT_DRAWABLE, check)
+        return refused if isinstance(refused, Reject) else request
+
+    def _unknown_class(self, request: Request) -> str:
+        """Return in words which class the model has no number for; empty where all are known."""
+        config = self.conditioning
+        boxes = config.layout_transformer.vocab_size - 1
+        found = {
+            "class_id": (() if request.class_id is None else (request.class_id,), config.num_classes),
+            "layout": ([box[0] for box in request.layout or ()], boxes if config.has_layout else 0),
+            "semantic_map": ((), config.map_classes),
+        }
+        if request.semantic_map is not None:
+            found["semantic_map"] = ((int(np.max(request.semantic_map)),), config.map_classes)
+        for name, (numbers, limit) in found.items():
+            if limit and any(number >= limit for number in numbers):
+                return f"{name} has {max(numbers)}, the model knows numbers below {limit}"
+        return ""
+
+    def _sized(self, drawing: Drawing) -> Drawing:
+        rows, columns = self.sizes.trained
+        return replace(drawing, height=drawing.height or rows, width=drawing.width or columns)
+
+
+def prompt_table(config: GenerateConfig, conditioning: ConditioningConfig) -> PromptTable:
+    """Return how the rows of a file are read for a model."""
+    return PromptTable(
+        prompt_column=config.bulk.prompt_column,
+        carry=config.bulk.carry,
+        needs_prompts=conditioning.text is not TextUse.NONE,
+    )
+
+
+def picture_beside(cell: Any, folder: str) -> Any:
+    """Return what a cell names: bytes, a data URL's bytes, or the address of a file beside or below the table.
+
+    Raises:
+        ValueError: for an address elsewhere, which a table from anyone could name, or bytes that are no base64.
+    """
+    if not isinstance(cell, str):
+        return cell
+    if cell.startswith("data:"):
+        return base64.b64decode(cell.rpartition("base64,")[2], validate=True)
+    path = PurePosixPath(cell)
+    if path.is_absolute() or "://" in cell or ".." in path.parts:
+        raise ValueError(f"addresses of pictures count from the table's folder and stay below it, got {cell[:80]!r}")
+    return join(folder, cell)
+
+
+def _kept(reason: str, make: Callable[[], Any]) -> Any:
+    """Return what is made, or its refusal under a reason."""
+    try:
+        return make()
+    except ValueError as error:
+        return Reject(reason, str(error))
