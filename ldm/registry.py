@@ -107,7 +107,8 @@ class RegisteredTextToImage(PythonModel):
                 `mask` (the same; its light pixels are drawn anew) and `strength`; for models that are told them
                 `class_id`, `layout` (a list of class, left, top, right, bottom in shares of the picture),
                 `semantic_map` (an integer array of the picture's size, or a picture of which a pixel's grey is its
-                class, 255 none) and `small` (a picture). What a cell leaves empty has its default.
+                class, 255 none), `small` (a picture) and `noise_level`; for large sizes `tile`. What a cell leaves
+                empty has its default.
             params: seed of the first image (the next ones count on), guidance and num_steps for rows that say nothing.
 
         Raises:

@@ -19,7 +19,7 @@ from ldm.drawing import Box, Drawing
 from ldm.requests import Request, fitted, fitted_map, fitted_mask, layout_from, map_from, mask_from, picture_from
 
 PROMPT = "prompt"
-WHOLE_NUMBERS = ("seed", "steps", "height", "width", "class_id")
+WHOLE_NUMBERS = ("seed", "steps", "height", "width", "class_id", "noise_level", "tile")
 NUMBERS = ("guidance", "strength")
 PICTURES: dict[str, Callable[[Any], Any]] = {
     "init_image": picture_from,
@@ -43,6 +43,8 @@ COLUMNS = (
     "layout",
     "semantic_map",
     "small",
+    "noise_level",
+    "tile",
 )
 MAX_SEED = 1 << 63
 
@@ -88,6 +90,8 @@ def drawing_in(cells: Mapping[str, Any], own: Drawing) -> Drawing:
         height=cells.get("height", own.height),
         width=cells.get("width", own.width),
         strength=cells.get("strength", own.strength if "init_image" in cells else 1.0),
+        noise_level=cells.get("noise_level", own.noise_level),
+        tile=cells.get("tile", own.tile),
     )
 
 

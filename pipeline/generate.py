@@ -19,6 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image as PillowImage
 
 from ldm.config import digest_of
@@ -26,6 +27,7 @@ from ldm.drawing import Drawing
 from ldm.model_card import find_model
 from ldm.model_sizes import ModelSizes
 from ldm.requests import Picture, Request, draw_together
+from ldm.safety import Safety
 from ldm.text_to_image import load_text_to_image
 from pipeline.encoder import torch_device
 from pipeline.generate_config import GenerateConfig
@@ -40,6 +42,8 @@ from pipeline.store.schema import JSON, Reject, Row, json_text, key_of
 from pipeline.store.shards import write_shard
 
 NUM_BATCHES_AHEAD = 1
+REFUSED_PROMPT, REFUSED_PICTURE = "refused_prompt", "refused_picture"
+"""Why there is no picture, where a filter says so."""
 SEED_DIGITS = 8
 """Hex digits of a seed that is drawn for a row."""
 
@@ -128,6 +132,7 @@ class GenerateStage:
         self._sizes = ModelSizes(trained=self._model.trained_size, multiple=self._model.multiple)
         self._table = prompt_table(config, self._model.card.conditioning)
         self._settings = settings_digest(config)
+        self._safety = Safety(config.safety)
         self._admission = Admission(
             conditioning=self._model.card.conditioning,
             sizes=self._sizes,
@@ -199,6 +204,8 @@ class GenerateStage:
         waiting: dict[tuple[object, ...], list[tuple[Asked, Request | Reject]]] = {}
         for one in asked:
             request = self._admission.request(one.row, one.seed)
+            if isinstance(request, Request) and (reason := self._safety.refused([request.prompt])[0]):
+                request = Reject(REFUSED_PROMPT, reason)
             if isinstance(request, Reject):
                 yield [(one, request)]
                 continue
@@ -227,12 +234,17 @@ class GenerateStage:
     def _pictures(self, requests: Sequence[Request]) -> list[Picture | Reject]:
         """Return the pictures of requests of one batch; one that only the networks refuse costs no other its picture.
 
-        What is drawn passes through here once, before it is encoded: what judges pictures may put a reject in a place.
+        What is drawn passes here through the filter, and is watermarked.
         """
         assert requests[0].drawing is not None
         drawing, num_rows = requests[0].drawing, self.batch_rows(requests[0].drawing)
         try:
-            return list(draw_together(self._model, requests, drawing, num_rows))
+            drawn = draw_together(self._model, requests, drawing, num_rows)
+            pictures, reasons = self._safety.finished(np.stack(drawn), [request.prompt for request in requests])
+            return [
+                Reject(REFUSED_PICTURE, reason) if reason else picture
+                for picture, reason in zip(pictures, reasons, strict=True)
+            ]
         except ValueError as error:
             if len(requests) == 1:
                 return [Reject(NOT_DRAWABLE, str(error))]
@@ -315,6 +327,7 @@ def settings_digest(config: GenerateConfig) -> str:
             "guidance": config.guidance,
             "negative_prompt": config.negative_prompt,
             "seed": config.seed,
+            "safety": config.safety.without_key().to_dict(),
         }
     )
 

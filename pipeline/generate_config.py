@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ldm.config import Config
 from ldm.drawing import Drawing
 from ldm.request_table import PROMPT
+from ldm.safety import SafetyConfig
 from pipeline.ingest.picture import ImageFormat, PictureConfig
 from pipeline.latent_config import Device
 
@@ -81,6 +82,8 @@ class GenerateConfig(Config):
     """What guidance leads away from in rows that say nothing."""
     seed: int = 0
     """Rows that name no seed get one from this and from what they say."""
+    safety: SafetyConfig = SafetyConfig()
+    """Filters of prompts and pictures, and the watermark."""
     bulk: BulkConfig = field(default_factory=BulkConfig)
     """How, and where to."""
 

@@ -114,6 +114,7 @@ def _identity(config: GenerateConfig) -> dict[str, JSON]:
         "guidance": config.guidance,
         "negative_prompt": config.negative_prompt,
         "seed": config.seed,
+        "safety": config.safety.without_key().to_dict(),
         "images_per_prompt": bulk.images_per_prompt,
         "carry": list(bulk.carry),
         "shard_rows": bulk.shard_rows,

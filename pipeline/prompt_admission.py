@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
-from ldm.drawing import Drawing, Given, check_strength, check_told, checked_size
+from ldm.drawing import Drawing, Given, check_strength, check_tile, check_told, checked_size
 from ldm.model_sizes import ModelSizes
 from ldm.request_table import drawing_in, fitted_pictures, pictures_in, request_of
 from ldm.requests import Request, given_together
@@ -82,7 +82,8 @@ class Admission:
 
         def check() -> None:
             given = given_together([request])
-            check_told(self.conditioning, given)
+            check_told(self.conditioning, given, drawing.noise_level)
+            check_tile(drawing.tile, self.sizes.multiple)
             has_picture, has_mask = given.pixels is not None, given.masks is not None
             check_strength(drawing.strength, has_picture=has_picture, has_mask=has_mask)
 

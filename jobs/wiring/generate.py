@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -59,7 +60,8 @@ def _published(config: SampleConfig, asked: GenerateConfig, manifest: Manifest, 
     digest = {"generated_digest": manifest.digest}
     record = asked.bulk.record
     if record and not is_published(config.tracking, record, digest):
-        publish_report(config, config.tracking, record, "generated", metrics_of(manifest), digest, page)
+        said = replace(config, safety=config.safety.without_key())
+        publish_report(said, config.tracking, record, "generated", metrics_of(manifest), digest, page)
     return page
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
-from PIL import ImageDraw, ImageFont
 
+from jobs.wiring.picture_grid import grid_picture
 from jobs.wiring.picture_settings import save_with_settings, settings_of
 from jobs.wiring.sample_tasks import Row, SampleTask, check_task, rows_of
 from ldm import storage
@@ -29,15 +29,10 @@ from ldm.training.tracking_config import TrackingConfig
 from ldm.training.world import World
 from pipeline.generate_config import BulkConfig, GenerateConfig
 
-LEAST_CELL, LARGEST_CELL = 128, 512
-"""Pixels of the longer side of a grid's pictures: smaller ones are enlarged, larger ones shrunk."""
 FILES = ("picture", "mask", "semantic_map", "small")
 """Fields that name a picture."""
 ADDRESSES = ("model", *FILES)
 """What a picture's name does not depend on: their digests are in it."""
-LABEL_WIDTH = 200
-HEADER = 28
-GAP = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +123,8 @@ class SampleConfig(Drawing):
                 "a file of prompts is drawn at one guidance scale, which its rows may change: give one, such as "
                 f"--guidance 3, got {', '.join(f'{scale:g}' for scale in self.guidance)}"
             )
+        if self.task is not SampleTask.DRAW:
+            raise ValueError(f"{self.task.value} is of a grid: a file's rows say in columns what they ask")
         names = (*FILES, "classes", "layouts", "is_separate")
         if given := [name for name in names if getattr(self, name)]:
             raise ValueError(
@@ -144,6 +141,7 @@ class SampleConfig(Drawing):
             guidance=self.guidance[0],
             negative_prompt=self.negative_prompt,
             seed=self.seed,
+            safety=self.safety.identified(),
             bulk=replace(self.bulk, root=_whole(self.bulk.root) if self.bulk.root else ""),
         )
 
@@ -288,7 +286,7 @@ def _finished(
         pairs = zip(images, reasons, strict=True)
         return [None if reason else PILImage.fromarray(image) for image, reason in pairs], reasons
     images, reasons = safety.judged(images, prompts)
-    whole = np.asarray(grid_picture(images, config))
+    whole = np.asarray(grid_picture(images, [row.label for row in config.rows()], config.guidance))
     return [PILImage.fromarray(safety.marked(whole[None])[0])], reasons
 
 
@@ -371,30 +369,3 @@ def cut_prompts(model: TextToImage, prompts: Sequence[str]) -> str:
         f"{len(cut)} of the prompts {'is' if len(cut) == 1 else 'are'} longer than the {model.max_tokens} tokens that "
         f"the model reads, and cut there: {shown}"
     )
-
-
-def grid_picture(images: Pixels, config: SampleConfig) -> PILImage.Image:
-    """Return one picture: a row for each prompt with its text, a column for each guidance scale."""
-    shown = config.rows()
-    columns, rows = len(config.guidance), len(shown)
-    longer = max(images.shape[1:3])
-    factor = min(max(longer, LEAST_CELL), LARGEST_CELL) / longer
-    cell_height, cell_width = (round(side * factor) for side in images.shape[1:3])
-    width = LABEL_WIDTH + columns * (cell_width + GAP) + GAP
-    height = HEADER + rows * (cell_height + GAP) + GAP
-    canvas = PILImage.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(15)
-    for column, scale in enumerate(config.guidance):
-        left = LABEL_WIDTH + GAP + column * (cell_width + GAP)
-        draw.text((left + cell_width / 2, HEADER / 2 + 2), f"guidance {scale:g}", "black", font, anchor="mm")
-    for row, each in enumerate(shown):
-        top = HEADER + row * (cell_height + GAP)
-        label = "\n".join(textwrap.wrap(each.label, 24)[:6])
-        draw.multiline_text((GAP, top + cell_height / 2), label, "black", font, anchor="lm", spacing=4)
-        for column in range(columns):
-            image = PILImage.fromarray(np.ascontiguousarray(images[row * columns + column]))
-            left = LABEL_WIDTH + GAP + column * (cell_width + GAP)
-            canvas.paste(image.resize((cell_width, cell_height), PILImage.Resampling.LANCZOS), (left, top))
-            draw.rectangle((left - 1, top - 1, left + cell_width, top + cell_height), outline="#dddddd")
-    return canvas
