@@ -39,8 +39,8 @@ FACTOR = 4
 """By how much super-resolution enlarges."""
 NOISE_LEVELS = 350
 """Of noise that may lie over the small picture, as in Stable Diffusion's upscaler."""
-LAYOUT = TokenTransformerConfig(vocab_size=1_024, max_tokens=14, depth=4, num_heads=4, head_channels=32)
-"""Four boxes with corners on a grid of 32 x 32."""
+LAYOUT = TokenTransformerConfig(vocab_size=257, max_tokens=14, depth=3, num_heads=4, head_channels=32)
+"""Four boxes with corners on a grid of 16 x 16, one cell for each latent."""
 TOLD = {
     "scenes_layout": ConditioningConfig(text=TextUse.NONE, has_layout=True, layout_transformer=LAYOUT),
     "scenes_map": ConditioningConfig(
@@ -52,11 +52,11 @@ TOLD = {
 }
 """What each task's denoiser is told."""
 SAMPLES = {
-    "scenes_layout": 48_000,
-    "scenes_map": 32_000,
-    "scenes_inpainting": 24_000,
-    "scenes_upscaling": 24_000,
-    "things_class": 32_000,
+    "scenes_layout": 240_000,
+    "scenes_map": 120_000,
+    "scenes_inpainting": 160_000,
+    "scenes_upscaling": 80_000,
+    "things_class": 120_000,
 }
 """How long each is trained: what lies beside the latent is learned sooner than what is attended to."""
 WIDTH = 128
@@ -98,7 +98,7 @@ def precompute_things(home: str) -> PrecomputeLatentsConfig:
 
 
 def train_ldm(name: str, home: str) -> TrainLdmConfig:
-    """A small denoiser that is told one thing beside the noise, minutes on two cores."""
+    """A small denoiser that is told one thing beside the noise, about an hour on two cores."""
     told = TOLD[name]
     return replace(
         emoji.train_ldm(home),
@@ -107,15 +107,16 @@ def train_ldm(name: str, home: str) -> TrainLdmConfig:
         unet=_network(told),
         conditioning=told,
         optim=OptimConfig(lr=1e-3, warmup_samples=1_500, decay=Decay.COSINE),
-        ema=EmaConfig(half_life_samples=5_000),
+        ema=EmaConfig(half_life_samples=8_000),
         engine=EngineConfig(),
         loop=LoopConfig(
             total_samples=SAMPLES[name],
-            log_every=1_600,
-            validate_every=8_000,
-            picture_every=16_000,
-            checkpoint_every=6_400,
+            log_every=3_200,
+            validate_every=20_000,
+            picture_every=40_000,
+            checkpoint_every=8_000,
         ),
+        batch_size=16,
         preview=PreviewConfig(prompts=("",) * 8, sampler=emoji.SAMPLER, guidance=_guidance(told)),
     )
 
@@ -146,7 +147,15 @@ def _guidance(told: ConditioningConfig) -> float:
 def _network(told: ConditioningConfig) -> UNetConfig:
     beside = unets.emoji().out_channels + told.spatial_channels(unets.emoji().out_channels)
     width = WIDTH if told.has_states else None
-    return replace(unets.emoji(), in_channels=beside, context_width=width, num_levels=told.noise_levels)
+    # A layout's corners are found where there is a position for each of them, on the finest level.
+    attending = (1, 2, 4) if told.has_layout else unets.emoji().attention_factors
+    return replace(
+        unets.emoji(),
+        in_channels=beside,
+        context_width=width,
+        num_levels=told.noise_levels,
+        attention_factors=attending,
+    )
 
 
 def _record(home: str, name: str) -> str:
