@@ -39,7 +39,7 @@ from tests.tiny_pipelines import write_pipeline
 from tests.tiny_text import encoder_config
 from tests.tiny_training import longer, run, same_weights, series, stopping_after, tiny_config
 
-FIRST_SAMPLES = 640
+FIRST_SAMPLES = 320
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +74,14 @@ def loss_of(model: str, config: TrainLdmConfig) -> float:
 
 
 def test_training_begins_with_the_models_own_loss_and_goes_down_from_there(folder: Path) -> None:
-    config = further(folder, "further", 1_280)
+    config = further(folder, "further", 192)
     check_inputs(config)
     run(config)
     run(tiny_config(folder, "drawn", 32))
     losses = series(folder, "further", "validation_loss")
     assert losses[0] == pytest.approx(loss_of(config.initial, config), rel=1e-5)
-    assert losses[0] < 0.97 * series(folder, "drawn", "validation_loss")[0]
-    assert losses[1_280] < 0.99 * losses[0]
+    assert losses[0] < 0.5 * series(folder, "drawn", "validation_loss")[0]
+    assert losses[192] < 0.7 * losses[0]
     assert series(folder, "drawn", "validation_loss")[0] == pytest.approx(1.0, abs=0.2)
 
 
