@@ -34,7 +34,7 @@ from pipeline.ingest.transforms import ImageFormat
 from pipeline.plan import missing
 from pipeline.run import run
 from pipeline.store.manifest import claim_root, commit_shard, load_manifest
-from tests.small_datasets import facts_of, lines_of_dataset, rows_of
+from tests.small_datasets import contents, facts_of, lines_of_dataset, rows_of
 from tests.tiny_model import (
     DRAWING,
     PROMPTS,

@@ -120,7 +120,7 @@ def ours(
     given = given or Given()
     drawing = Drawing(sampler=sampler or SamplerConfig(num_steps=STEPS, grid=model.card.sampler.grid))
     with torch.no_grad():
-        told = model._told(model.condition(prompts), given, len(prompts), (SIDE, SIDE))
+        told = model._told(model.condition(prompts), given, SEEDS, (SIDE, SIDE), drawing)
         denoise = model._denoiser(told, model.condition(NEGATIVE), [guidance] * len(prompts), drawing)
         latent = model._sampled(denoise, SEEDS, (SIDE, SIDE), drawing, given, None)
         return pictures(model, latent)
