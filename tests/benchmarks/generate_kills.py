@@ -55,7 +55,7 @@ class Unbroken:
 
 
 def config_of(folder: Path, root: Path, num_actors: int) -> GenerateConfig:
-    """Return ten tars of sixteen prompts, some of which come again or can't be drawn."""
+    """Return ten tars of sixteen prompts, some of which come again."""
     return generate_config(
         folder / "run" / "model", folder / "prompts.txt", root, num_actors=num_actors, shard_rows=16, batch_size=4
     )
