@@ -34,7 +34,14 @@ from pipeline.generate_config import GenerateConfig
 from pipeline.ingest.transforms import encode
 from pipeline.plan import ShardTask
 from pipeline.prefetch import prefetched
-from pipeline.prompt_admission import NOT_DRAWABLE, Admission, prompt_table
+from pipeline.prompt_admission import (
+    BAD_SIZE,
+    NOT_DRAWABLE,
+    REFUSED_PICTURE,
+    REFUSED_PROMPT,
+    Admission,
+    prompt_table,
+)
 from pipeline.prompts import Piece, PromptRow, digest_of_rows
 from pipeline.store.ledger import LEDGER_SUFFIX, MAX_CAPTION_CHARS, LedgerLine, write_ledger
 from pipeline.store.manifest import ShardRecord, shard_path
@@ -42,8 +49,6 @@ from pipeline.store.schema import JSON, Reject, Row, json_text, key_of
 from pipeline.store.shards import write_shard
 
 NUM_BATCHES_AHEAD = 1
-REFUSED_PROMPT, REFUSED_PICTURE = "refused_prompt", "refused_picture"
-"""Why there is no picture, where a filter says so."""
 SEED_DIGITS = 8
 """Hex digits of a seed that is drawn for a row."""
 
@@ -204,8 +209,7 @@ class GenerateStage:
         waiting: dict[tuple[object, ...], list[tuple[Asked, Request | Reject]]] = {}
         for one in asked:
             request = self._admission.request(one.row, one.seed)
-            if isinstance(request, Request) and (reason := self._safety.refused([request.prompt])[0]):
-                request = Reject(REFUSED_PROMPT, reason)
+            request = self._let_through(request)
             if isinstance(request, Reject):
                 yield [(one, request)]
                 continue
@@ -240,15 +244,28 @@ class GenerateStage:
         drawing, num_rows = requests[0].drawing, self.batch_rows(requests[0].drawing)
         try:
             drawn = draw_together(self._model, requests, drawing, num_rows)
-            pictures, reasons = self._safety.finished(np.stack(drawn), [request.prompt for request in requests])
-            return [
-                Reject(REFUSED_PICTURE, reason) if reason else picture
-                for picture, reason in zip(pictures, reasons, strict=True)
-            ]
         except ValueError as error:
             if len(requests) == 1:
                 return [Reject(NOT_DRAWABLE, str(error))]
-        return [self._pictures([request])[0] for request in requests]
+            return [self._pictures([request])[0] for request in requests]
+        pictures, reasons = self._safety.finished(np.stack(drawn), [request.prompt for request in requests])
+        return [
+            Reject(REFUSED_PICTURE, reason) if reason else picture
+            for picture, reason in zip(pictures, reasons, strict=True)
+        ]
+
+    def _let_through(self, request: Request | Reject) -> Request | Reject:
+        """Return the request unless the filter refuses its prompt, or it is too small for the watermark."""
+        if isinstance(request, Reject):
+            return request
+        assert request.drawing is not None
+        if reason := self._safety.refused([request.prompt])[0]:
+            return Reject(REFUSED_PROMPT, reason)
+        try:
+            self._safety.check_size(request.drawing.height, request.drawing.width)
+        except ValueError as error:
+            return Reject(BAD_SIZE, str(error))
+        return request
 
     def _outcome(self, drawn: Drawn) -> _Outcome:
         """Return a picture's ledger line, and its members of the tar if there is one."""

@@ -24,14 +24,17 @@ from pipeline.prompts import BAD_CELL, BROKEN_ROW, NO_PROMPT, PromptRow, PromptT
 from pipeline.store.schema import Reject
 
 BAD_PICTURE, BAD_SIZE, UNKNOWN_CLASS, NOT_DRAWABLE = "bad_picture", "bad_size", "unknown_class", "not_drawable"
+REFUSED_PROMPT, REFUSED_PICTURE = "refused_prompt", "refused_picture"
 GENERATE_REASONS: dict[str, str] = {
     BROKEN_ROW: "the file can't be read there",
     NO_PROMPT: "there is no text to draw",
     BAD_CELL: "a number is none or out of its range, or a layout no boxes",
     BAD_PICTURE: "a picture can't be read, or does not lie beside the file",
-    BAD_SIZE: "rows or columns are no multiples of what the networks shrink",
+    BAD_SIZE: "rows or columns are no multiples of what the networks shrink, or too few for a watermark",
     UNKNOWN_CLASS: "a class that the model was not trained with",
     NOT_DRAWABLE: "the model is not told that, needs more, or its encoder refuses the prompt",
+    REFUSED_PROMPT: "the prompt filter says so",
+    REFUSED_PICTURE: "the picture filter says so",
 }
 """Every reason of a row that is not drawn, with what it means."""
 

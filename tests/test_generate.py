@@ -372,5 +372,17 @@ def test_a_watermarked_file_never_names_its_key(model: Path, tmp_path: Path) -> 
     assert detect(decode_pixels(row["png"]), "a secret key").is_marked
     assert not detect(decode_pixels(row["png"]), "another key").is_marked
     (refused,) = [line for line in lines_of_dataset(root_of(config)) if line["status"] != "ok"]
+    assert refused["status"] == "bad_size"
     assert "a watermark needs at least 64 x 64 px" in refused["detail"]
     assert not [name for name, content in contents(root_of(config)).items() if b"a secret key" in content]
+
+
+def no_answer(prompt: str) -> None:
+    """A filter that forgot to return."""
+
+
+def test_a_filter_that_gives_no_text_fails_the_job_and_refuses_no_row(model: Path, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "prompts.txt", PROMPTS)
+    safety = SafetyConfig(prompt_filter=f"{__name__}:no_answer")
+    with pytest.raises(ValueError, match="prompt_filter must return the reason as text"):
+        draw_missing(plan_generate(replace(generate_config(model, file, tmp_path / "generated"), safety=safety)))
