@@ -207,6 +207,9 @@ def checked_size(drawing: Drawing, given: Given, trained: tuple[int, int], multi
         raise ValueError(
             f"pictures or maps of {_said(given.size)} do not go with a drawing of {_said(size)}: resize them"
         )
+    if given.maps is not None and given.maps.shape[1:] != size:
+        shape = (given.maps.shape[1], given.maps.shape[2])
+        raise ValueError(f"maps of {_said(shape)} do not lie over a drawing of {_said(size)}: resize them")
     if given.small is not None and given.small.shape[1] * size[1] != given.small.shape[2] * size[0]:
         shape = (given.small.shape[1], given.small.shape[2])
         raise ValueError(

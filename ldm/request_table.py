@@ -187,7 +187,8 @@ def boxes_in(text: str) -> list[list[float]]:
     """
     try:
         if text.lstrip().startswith("["):
-            return list(json.loads(text))
+            found = json.loads(text)
+            return found if isinstance(found, list) else [found]
         return [[float(number) for number in box.split()] for box in text.split(";") if box.strip()]
     except ValueError as error:
         raise ValueError(f"a layout is 'CLASS LEFT TOP RIGHT BOTTOM; ...', got {text!r}") from error
@@ -205,8 +206,8 @@ def _whole_number(name: str, cell: Any) -> int:
 def _number(name: str, cell: Any) -> float:
     try:
         number = float(cell)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is a number, got {cell!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} is a number, got {str(cell)[:40]}") from error
     if not math.isfinite(number):
         raise ValueError(f"{name} is a finite number, got {cell!r}")
     return number

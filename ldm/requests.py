@@ -7,6 +7,7 @@ Letters: y pixel row, x pixel column.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -224,13 +225,15 @@ def layout_from(given: Any) -> tuple[Box, ...]:
     Raises:
         ValueError: if a box is none.
     """
-    boxes = [tuple(box) for box in given]
+    try:
+        boxes = [[float(number) for number in box] for box in given]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"a layout is boxes of five numbers each, got {str(given)[:80]}") from error
     for box in boxes:
-        if len(box) != 5 or not (box[1] < box[3] and box[2] < box[4]):
-            raise ValueError(f"a box is (class, left, top, right, bottom) with ascending sides, got {box!r}")
-    return tuple(
-        (int(number), float(left), float(top), float(right), float(low)) for number, left, top, right, low in boxes
-    )
+        is_box = len(box) == 5 and all(map(math.isfinite, box))
+        if not is_box or box[0] != int(box[0]) or not (box[1] < box[3] and box[2] < box[4]):
+            raise ValueError(f"a box is (class, left, top, right, bottom) with ascending sides, got {tuple(box)}")
+    return tuple((int(number), left, top, right, low) for number, left, top, right, low in boxes)
 
 
 def outpainted(picture: Picture, margins: tuple[int, int, int, int]) -> tuple[Picture, Mask]:
@@ -282,8 +285,9 @@ def _opened(given: Any) -> PILImage.Image:
         raise ValueError(f"a picture is an address, bytes, a PIL image or an array, got {type(given).__name__}")
     try:
         image = PILImage.open(BytesIO(given))
+        image.load()
         return ImageOps.exif_transpose(image)
-    except (OSError, PILImage.DecompressionBombError) as error:
+    except (OSError, SyntaxError, PILImage.DecompressionBombError) as error:  # Pillow's SyntaxError: a broken PNG
         raise ValueError(f"this is no picture that can be read: {error}") from error
 
 

@@ -72,6 +72,14 @@ def is_local(path: str) -> bool:
     return isinstance(located(path)[0], LocalFileSystem)
 
 
+def is_same_place(one: str, other: str) -> bool:
+    """Say whether two addresses name one folder or file: by relative paths and links too."""
+    if is_local(one) and is_local(other):
+        first, second = (Path(located(str(path))[1]).expanduser().resolve() for path in (one, other))
+        return first == second
+    return one.rstrip("/") == other.rstrip("/")
+
+
 def read_bytes(path: str) -> bytes:
     """Return the whole content of a file.
 

@@ -144,6 +144,7 @@ class GenerateStage:
             drawing=config.drawing,
             negative_prompt=config.negative_prompt,
             guidance=config.guidance,
+            max_pixels=config.bulk.max_pixels,
         )
 
     def __call__(self, task: ShardTask) -> ShardRecord:
@@ -327,6 +328,7 @@ class GenerateStage:
             "layout": request.layout,
             "pictures": pictures,
             "model": self.config.model_digest,
+            "safety": self.config.safety.without_key().to_dict(),
             "batch_rows": self.batch_rows(drawing),
             "row": asked.row.digest,
             "repeat": asked.repeat,

@@ -34,6 +34,9 @@ class BulkConfig(Config):
     Batches that are not full are filled up with copies of their last row, so that a picture is the same to the bit
     whatever else the file holds: for each size, sampler and kind of row in a tar up to batch_size - 1 copies are drawn
     for nothing."""
+    max_pixels: int = 1 << 22
+    """Most pixels of one picture, rows times columns: a row that asks for more is refused, and costs no worker its
+    memory."""
     image_format: ImageFormat = ImageFormat.PNG
     """How pictures are stored; png loses nothing."""
     quality: int = 95
@@ -50,7 +53,7 @@ class BulkConfig(Config):
     """Read the tars back and compare them with their manifest, ledgers and the file of prompts; draws nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("images_per_prompt", "shard_rows", "batch_size", "num_cpus"):
+        for name in ("images_per_prompt", "shard_rows", "batch_size", "max_pixels", "num_cpus"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.num_actors is not None and self.num_actors < 1:

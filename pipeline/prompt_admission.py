@@ -30,7 +30,7 @@ GENERATE_REASONS: dict[str, str] = {
     NO_PROMPT: "there is no text to draw",
     BAD_CELL: "a number is none or out of its range, or a layout no boxes",
     BAD_PICTURE: "a picture can't be read, or does not lie beside the file",
-    BAD_SIZE: "rows or columns are no multiples of what the networks shrink, or too few for a watermark",
+    BAD_SIZE: "rows or columns are no multiples of what the networks shrink, too many, or too few for a watermark",
     UNKNOWN_CLASS: "a class that the model was not trained with",
     NOT_DRAWABLE: "the model is not told that, needs more, or its encoder refuses the prompt",
     REFUSED_PROMPT: "the prompt filter says so",
@@ -49,6 +49,7 @@ class Admission:
         drawing: of rows that say nothing.
         negative_prompt: of rows that say nothing.
         guidance: of rows that say nothing.
+        max_pixels: of one picture.
     """
 
     conditioning: ConditioningConfig
@@ -56,6 +57,7 @@ class Admission:
     drawing: Drawing
     negative_prompt: str
     guidance: float
+    max_pixels: int
 
     def request(self, row: PromptRow, seed: int) -> Request | Reject:
         """Return what is drawn for a row with a seed; its drawing has whole sides, its pictures have them too."""
@@ -66,6 +68,8 @@ class Admission:
         if isinstance(drawing, Reject):
             return drawing
         size = (drawing.height, drawing.width)
+        if size[0] * size[1] > self.max_pixels:
+            return Reject(BAD_SIZE, f"at most {self.max_pixels:,} pixels are drawn, see bulk.max_pixels")
         refused = _kept(BAD_SIZE, lambda: checked_size(drawing, Given(), self.sizes.trained, self.sizes.multiple))
         if isinstance(refused, Reject):
             return refused

@@ -172,9 +172,11 @@ class PromptTable:
             )
         if not file.lower().partition("?")[0].endswith(PARQUET_SUFFIXES):
             record = {name: text_of(cell) if isinstance(cell, bytes) else cell for name, cell in record.items()}
-        named = {PROMPT if name == self.prompt_column else name: _value(name, cell) for name, cell in record.items()}
-        cells = {name: cell for name, cell in named.items() if name in COLUMNS and not is_empty(cell)}
-        carried = {name: json_of(named.get(name)) for name in self.carry}
+        # By the column's own name: another one that is called `prompt` is never what is drawn.
+        source = {name: self.prompt_column if name == PROMPT else name for name in COLUMNS}
+        named = {name: _value(name, record[column]) for name, column in source.items() if column in record}
+        cells = {name: cell for name, cell in named.items() if not is_empty(cell)}
+        carried = {name: json_of(record.get(name)) for name in self.carry}
         reject: Reject | None = None
         if not text_of(cells.setdefault(PROMPT, "")).strip() and self.needs_prompts:
             reject = Reject(NO_PROMPT)
@@ -260,7 +262,8 @@ def prompt_files(address: str) -> list[str]:
     Raises:
         ValueError: if there is none.
     """
-    if not address.startswith(storage.WEB) and any(letter in address for letter in WILDCARDS):
+    is_pattern = not address.startswith(storage.WEB) and any(letter in address for letter in WILDCARDS)
+    if is_pattern and not storage.exists(address):
         system, inner = storage.located(address)
         paths = sorted(path for path in system.glob(inner) if path.lower().endswith(SUFFIXES))
         found = paths if storage.is_local(address) else [system.unstrip_protocol(path) for path in paths]
@@ -293,7 +296,7 @@ def _value(name: str, cell: Any) -> Any:
     if name in PICTURES:
         # Pictures in tables of Hugging Face's datasets.
         return cell["bytes"] or cell.get("path") if isinstance(cell, Mapping) and "bytes" in cell else cell
-    return text_of(cell) if isinstance(cell, bytes) else cell
+    return text_of(cell) if isinstance(cell, bytes | str) else cell  # without half characters, which nothing encodes
 
 
 def _digest(said: Any) -> str:

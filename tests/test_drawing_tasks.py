@@ -12,15 +12,18 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from jobs.command_line import from_command_line
+from jobs.wiring.picture_settings import repeated_here, settings_of
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.sample_tasks import SampleTask, with_task
 from ldm.drawing import Given
 from ldm.requests import outpainted
+from ldm.safety import SafetyConfig
 from ldm.samplers.sample import initial_noise, step_noise
 from ldm.samplers.tasks import Between, seeded_noise
 from ldm.samplers.tiles import tiled_network
 from ldm.text_to_image import TextToImage
 from ldm.types import Condition
+from ldm.watermark import detect
 from tests.test_drawing import DRAWING, SAMPLER, config_of, drawn, folder, model, picture_of
 
 __all__ = ["folder", "model"]  # fixtures: a small trained model
@@ -197,3 +200,60 @@ def test_a_small_picture_of_another_shape_than_the_drawing_is_refused(model: Tex
             model.generate(["a"], seeds=[0], given=Given(small=np.zeros((1, 4, 8, 3), np.uint8)))
     finally:
         model.card = card
+
+
+def test_maps_of_another_size_than_the_drawing_are_refused(model: TextToImage) -> None:
+    told = replace(model.card.conditioning, map_classes=3)
+    model.card, card = replace(model.card, conditioning=told), model.card
+    try:
+        given = Given(
+            pixels=picture_of(24, 16)[None], masks=np.ones((1, 24, 16), bool), maps=np.zeros((1, 16, 16), int)
+        )
+        with pytest.raises(ValueError, match="maps of 16 x 16 px do not lie over a drawing of 24 x 16 px"):
+            model.generate(["a"], seeds=[0], given=given)
+    finally:
+        model.card = card
+
+
+def no_filter(prompt: str) -> str:
+    """Must never be asked."""
+    raise AssertionError("a stranger's picture named code to run")
+
+
+def test_a_picture_from_a_stranger_names_no_code_to_run_and_no_file_to_read(folder: Path, tmp_path: Path) -> None:
+    recipe = config_of(folder, tmp_path)
+    evil = {
+        "type": "SafetyConfig",
+        "prompt_filter": f"{__name__}:no_filter",
+        "picture_filter": "os:system",
+        "watermark": "",
+        "watermark_file": "/etc/hostname",
+        "watermark_digest": "",
+    }
+    read = repeated_here(recipe, {**settings_of(recipe), "safety": evil})
+    assert read.safety == SafetyConfig()
+    assert drawn(read)
+    own = SafetyConfig(prompt_filter=f"{__name__}:let_all_through")
+    assert repeated_here(replace(recipe, safety=own), {**settings_of(recipe), "safety": evil}).safety == own
+
+
+def let_all_through(prompt: str) -> str:
+    """A filter of the recipe's own."""
+    return ""
+
+
+def test_an_outpainted_picture_is_large_enough_for_the_mark_if_its_canvas_is(folder: Path, tmp_path: Path) -> None:
+    PILImage.fromarray(picture_of(seed=7)).save(tmp_path / "a.png")
+    config = config_of(
+        folder,
+        tmp_path,
+        task=SampleTask.OUTPAINT,
+        picture=str(tmp_path / "a.png"),
+        margins=(0, 0, 48, 48),
+        guidance=(1.0,),
+        prompts=("red",),
+        is_separate=True,
+        safety=SafetyConfig(watermark="key"),
+    )
+    (path,) = drawn(config)
+    assert detect(pixels_at(path).astype(np.uint8), "key").is_marked

@@ -377,12 +377,28 @@ def test_a_watermarked_file_never_names_its_key(model: Path, tmp_path: Path) -> 
     assert not [name for name, content in contents(root_of(config)).items() if b"a secret key" in content]
 
 
-def no_answer(prompt: str) -> None:
+def no_answer(*_: object) -> None:
     """A filter that forgot to return."""
 
 
-def test_a_filter_that_gives_no_text_fails_the_job_and_refuses_no_row(model: Path, tmp_path: Path) -> None:
+def fails(*_: object) -> str:
+    """A filter with a bug."""
+    raise ValueError("of the filter's own")
+
+
+@pytest.mark.parametrize(
+    "filters, message",
+    [
+        ({"prompt_filter": f"{__name__}:no_answer"}, "prompt_filter must return the reason as text"),
+        ({"picture_filter": f"{__name__}:no_answer"}, "picture_filter must return the reason as text"),
+        ({"picture_filter": f"{__name__}:fails"}, "of the filter's own"),
+    ],
+)
+def test_a_filter_that_does_not_answer_fails_the_job_and_refuses_no_row(
+    model: Path, tmp_path: Path, filters: dict[str, str], message: str
+) -> None:
     file = write_lines(tmp_path / "prompts.txt", PROMPTS)
-    safety = SafetyConfig(prompt_filter=f"{__name__}:no_answer")
-    with pytest.raises(ValueError, match="prompt_filter must return the reason as text"):
-        draw_missing(plan_generate(replace(generate_config(model, file, tmp_path / "generated"), safety=safety)))
+    config = replace(generate_config(model, file, tmp_path / "generated"), safety=SafetyConfig(**filters))
+    with pytest.raises(ValueError, match=message):
+        draw_missing(plan_generate(config))
+    assert not list(root_of(config).glob("train/*.tar"))

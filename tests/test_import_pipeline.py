@@ -28,6 +28,7 @@ from ldm.drawing import Drawing, Given, images_of
 from ldm.interop.diffusers_scheduler import noising_of, scheduler_facts
 from ldm.interop.imported_pipeline import import_pipeline
 from ldm.interop.pipeline_folder import export_pipeline
+from ldm.interop.weights import safetensors_files
 from ldm.model_card import MODEL_FILE, load_card, model_digest, save_card
 from ldm.samplers.grids import Grid
 from ldm.samplers.sample import SamplerConfig
@@ -271,6 +272,46 @@ def test_import_refuses_the_pipelines_own_folder_a_remote_target_and_no_pipeline
     ):
         with pytest.raises(ValueError, match=message):
             import_pipeline(str(where), target)
+
+
+def test_the_pipelines_own_folder_is_known_by_any_of_its_names(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "link").symlink_to(folder / "pipeline")
+    monkeypatch.chdir(folder)
+    before = (folder / "pipeline" / "unet" / "config.json").read_bytes()
+    for where, target in (("pipeline", f"{folder}/pipeline"), ("./pipeline/", str(tmp_path / "link"))):
+        with pytest.raises(ValueError, match="holds the pipeline itself"):
+            import_pipeline(where, target)
+    assert (folder / "pipeline" / "unet" / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/elsewhere.safetensors", ".."])
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(ValueError, match="names files that do not lie beside it"):
+        safetensors_files(str(tmp_path), "x")
+
+
+@pytest.mark.parametrize(
+    "facts, said",
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "algorithm_type 'dpmsolver'"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order 3"),
+        ({"_class_name": "DPMSolverSinglestepScheduler", "final_sigmas_type": "sigma_min"}, "'sigma_min'"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "solver_type 'bh1'"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large"}, "variance_type 'fixed_large'"),
+        ({"_class_name": "PNDMScheduler", "set_alpha_to_one": True}, "Runge-Kutta"),
+    ],
+)
+def test_a_sampler_of_another_kind_is_told(facts: dict[str, object], said: str) -> None:
+    assert said in " ".join(noising_of(facts, "here").notices)
+    plain = {"_class_name": facts["_class_name"], "skip_prk_steps": True, "set_alpha_to_one": True}
+    assert noising_of(plain, "here").notices == ()
+
+
+@pytest.mark.parametrize("wrong", [{"trained_betas": "x"}, {"num_train_timesteps": "1000"}, {"beta_start": None}])
+def test_what_is_no_number_is_refused_with_whose_it_is(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="here: "):
+        noising_of({"_class_name": "DDIMScheduler", **wrong}, "here")
 
 
 def test_our_cosine_schedule_is_diffusers_capped_one() -> None:

@@ -110,6 +110,9 @@ def test_plain_text_is_a_column_of_prompts_and_several_files_are_one(model: Path
 def test_rows_that_can_not_be_drawn_are_counted_and_stop_nothing(model: Path, drawn: GenerateConfig, tmp_path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "picture.png").write_bytes(png_of(picture_of()))
+    content = bytearray(png_of(picture_of()))
+    content[content.index(b"IDAT") + 1] = 0x01  # a chunk of no name: Pillow calls that a syntax error
+    (tmp_path / "damaged.png").write_bytes(content)
     rows: list[dict[str, Any]] = [
         {"prompt": "red"},
         {"prompt": ""},
@@ -122,6 +125,15 @@ def test_rows_that_can_not_be_drawn_are_counted_and_stop_nothing(model: Path, dr
         {"prompt": "blue", "init_image": "../model/picture.png", "strength": 0.5},
         {"prompt": "blue", "init_image": "picture.png"},
         {"prompt": "blue", "class_id": 3},
+        {"prompt": "blue", "layout": 5},
+        {"prompt": "blue", "layout": [[1, "x", 0, 1, 1]]},
+        {"prompt": "blue", "layout": [[1, None, 0, 1, 1]]},
+        {"prompt": "blue", "layout": "[5]"},
+        {"prompt": "blue", "layout": "inf 0 0 1 1"},
+        {"prompt": "blue", "guidance": int("9" * 401)},
+        {"prompt": "blue", "height": int("4" * 401)},
+        {"prompt": "blue", "height": 1_000_000_000},
+        {"prompt": "blue", "init_image": "damaged.png", "strength": 0.5},
         {"prompt": "a blue square"},
     ]
     file = tmp_path / "p.jsonl"
@@ -129,10 +141,10 @@ def test_rows_that_can_not_be_drawn_are_counted_and_stop_nothing(model: Path, dr
     file.write_text(file.read_text() + "".join(json.dumps(row) + "\n" for row in rows[6:]))
     config, manifest = drawn_file(model, file, tmp_path / "generated", shard_rows=100)
     assert manifest.summary["counts"]["train"] == {
-        **{"bad_cell": 3, "bad_picture": 3, "bad_size": 1, "broken_row": 1, "no_prompt": 1},
+        **{"bad_cell": 9, "bad_picture": 4, "bad_size": 3, "broken_row": 1, "no_prompt": 1},
         **{"not_drawable": 2, "ok": 2},
     }
-    lines = {line["status"]: line["detail"] for line in lines_of_dataset(root_of(config))}
+    lines = {line["status"]: line["detail"] for line in reversed(lines_of_dataset(root_of(config)))}
     assert lines["bad_size"] == "rows and columns must be multiples of 4 px, got 18 x 16 px; the nearest is 16 x 16 px"
     assert "not told classes" in lines["not_drawable"]
     assert "stay below it" in lines["bad_picture"]
@@ -288,3 +300,29 @@ def test_any_range_of_rows_is_read_as_it_stands_in_the_whole(tmp_path: Path) -> 
     for start in range(16):
         for stop in range(start + 1, 17):
             assert [row.digest for row in table.rows(survey.pieces(start, stop))] == whole[start:stop]
+
+
+@pytest.mark.parametrize("columns", [("caption", "prompt"), ("prompt", "caption")])
+def test_what_is_drawn_is_the_named_column_whatever_another_is_called(
+    model: Path, tmp_path: Path, columns: tuple[str, str]
+) -> None:
+    said = {"caption": "red", "prompt": "a blue square"}
+    file = write_table(tmp_path / "p.csv", [{name: said[name] for name in columns}])
+    config, _ = drawn_file(
+        model, file, tmp_path / "generated", prompt_column="caption", carry=("prompt", "caption"), shard_rows=4
+    )
+    (row,) = rows_of(root_of(config)).values()
+    assert row["txt"] == b"red"
+    assert json.loads(row["json"])["carried"] == said
+
+
+def test_half_a_character_is_drawn_as_what_can_be_written(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a\\ud800b", "negative_prompt": "\\udc00"}\n')
+    config, manifest = drawn_file(model, file, tmp_path / "generated")
+    assert manifest.summary["counts"]["train"] == {"ok": 1}
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(model: Path, tmp_path: Path) -> None:
+    config, manifest = drawn_file(model, write_lines(tmp_path / "my[1].txt", ["red"]), tmp_path / "generated")
+    assert manifest.summary["counts"]["train"] == {"ok": 1}

@@ -18,6 +18,7 @@ from ldm.denoiser import build_denoiser, denoiser_digests, load_denoiser, unet_c
 from ldm.interop.weights import fill
 from ldm.latents import LatentSpace
 from ldm.model_card import ModelCard, load_card, model_digest
+from ldm.storage import is_same_place
 from ldm.training.diffusion_task import ObjectiveConfig
 from ldm.training.page import DataInput
 from ldm.unet.model import UNetConfig
@@ -86,7 +87,7 @@ def initial_model(config: Beginning) -> InitialModel | None:
     """
     if not config.initial:
         return None
-    if config.initial.rstrip("/") == config.model_folder.rstrip("/"):
+    if is_same_place(config.initial, config.model_folder):
         raise ValueError(f"initial {config.initial} is where this training's own model will lie: take another --root")
     return InitialModel(folder=config.initial, card=load_card(config.initial))
 

@@ -21,6 +21,8 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 NAME = "settings"
 OF_THE_PLACE = ("root", "record", "launch", "tracking", "bulk")
 """Fields of a configuration that say where something is drawn, or how files of prompts are."""
+OF_THE_USER = {"safety": ("prompt_filter", "picture_filter", "watermark", "watermark_file")}
+"""Parts of other fields that no picture may say: a stranger's would name code to run and files to read."""
 PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
 
 
@@ -47,13 +49,18 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def repeated_here(recipe: ConfigT, settings: Mapping[str, Any]) -> ConfigT:
-    """Return the configuration that a picture was drawn with, at the places of a recipe.
+    """Return the configuration that a picture was drawn with, at the places of a recipe and with its filters.
 
     Raises:
         ValueError: if the settings are of something else.
     """
     places = {name: value for name, value in recipe.to_dict().items() if name in OF_THE_PLACE}
     made = {name: value for name, value in settings.items() if name not in OF_THE_PLACE}
+    own = recipe.to_dict()
+    for name, parts in OF_THE_USER.items():
+        if isinstance(said := made.get(name), dict):
+            trusted = {part: value for part, value in own.get(name, {}).items() if part in parts}
+            made[name] = {part: value for part, value in said.items() if part not in parts} | trusted
     return type(recipe).from_yaml(yaml.safe_dump({**made, **places}))
 
 
@@ -67,7 +74,7 @@ def settings_in(content: bytes) -> dict[str, Any]:
         with PILImage.open(BytesIO(content)) as image:
             image.load()  # text may stand behind the picture
             text = str(image.info.get(NAME, ""))
-    except OSError as error:
+    except (OSError, SyntaxError, PILImage.DecompressionBombError) as error:  # Pillow's, of a broken PNG
         raise ValueError(f"the picture can't be read: {error}") from error
     if not text:
         raise ValueError("the picture holds no settings: it was not drawn by this job, or they were stripped from it")

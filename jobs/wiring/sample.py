@@ -19,7 +19,7 @@ from ldm import storage
 from ldm.config import added_later, digest_of
 from ldm.drawing import Drawing, Given, Pixels, check_strength
 from ldm.model_card import find_model, load_card, model_digest
-from ldm.request_table import layout_in
+from ldm.request_table import MAX_SEED, layout_in
 from ldm.requests import fitted, fitted_map, fitted_mask, map_from, mask_from, outpainted, picture_from
 from ldm.safety import Safety, SafetyConfig
 from ldm.text_to_image import TextToImage, load_text_to_image
@@ -111,8 +111,14 @@ class SampleConfig(Drawing):
         is_given = {name: bool(getattr(self, name)) for name in ("picture", "mask", "small", "shares")}
         is_given["margins"] = any(self.margins)
         check_task(self.task, [name for name, is_there in is_given.items() if is_there])
-        if self.task is SampleTask.INTERPOLATE and (len(self.prompts) != 2 or self.classes or self.layouts):
+        if self.task is SampleTask.INTERPOLATE and len(self.prompts) != 2:
             raise ValueError(f"interpolate goes from one prompt to another, two in all: got {self.prompts}")
+        if self.task is SampleTask.INTERPOLATE and (self.classes or self.layouts):
+            raise ValueError("interpolate knows no way between classes or layouts")
+        if wrong := [share for share in self.shares if not 0 <= share <= 1]:
+            raise ValueError(f"shares of the way lie in [0, 1], got {wrong[0]}")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"a seed lies in [0, 2^63), got {self.seed}")
         has_mask = bool(self.mask) or self.task is SampleTask.OUTPAINT
         check_strength(self.strength, has_picture=bool(self.picture), has_mask=has_mask)
 
@@ -125,8 +131,8 @@ class SampleConfig(Drawing):
             )
         if self.task is not SampleTask.DRAW:
             raise ValueError(f"{self.task.value} is of a grid: a file's rows say in columns what they ask")
-        names = (*FILES, "classes", "layouts", "is_separate")
-        if given := [name for name in names if getattr(self, name)]:
+        given = [name for name in (*FILES, "classes", "layouts", "is_separate") if getattr(self, name)]
+        if given := [*given, *(["margins"] if any(self.margins) else [])]:
             raise ValueError(
                 f"{', '.join(given)} are of a grid: the rows of a file of prompts name their own in columns"
             )
@@ -228,8 +234,6 @@ def sample_worker(
     safety = Safety(config.safety)
     _refuse(config.prompts, safety)
     model = load_text_to_image(config.model_folder(), world.device)
-    if config.is_separate:
-        safety.check_size(config.height or model.trained_size[0], config.width or model.trained_size[1])
     if told := cut_prompts(model, [*config.prompts, config.negative_prompt]):
         report(Progress(done=0, total=0, notice=told))
     rows = config.rows()
@@ -238,6 +242,8 @@ def sample_worker(
     drawing = config.drawing
     if given is not None and given.size is not None:
         drawing = replace(drawing, height=given.size[0], width=given.size[1])
+    if config.is_separate:
+        safety.check_size(drawing.height or model.trained_size[0], drawing.width or model.trained_size[1])
     prompts = [row.label for row in rows for _ in config.guidance]
     images = model.generate(
         [row.prompt for row in rows for _ in config.guidance],

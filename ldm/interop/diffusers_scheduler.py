@@ -47,6 +47,28 @@ _WITH_LAST_ALPHA = (StepperKind.DDIM, StepperKind.PLMS)
 """Formulas whose classes there have a choice of where they end."""
 _WITH_EVEN_STEPS = (StepperKind.DDIM, StepperKind.DDPM, StepperKind.PLMS)
 """Formulas whose classes there step by the schedule's length over the number of steps, whatever time comes next."""
+_SOLVERS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+        "solver_order": (2,),
+        "solver_type": ("midpoint",),
+        "final_sigmas_type": ("zero",),
+    },
+    "DPMSolverSinglestepScheduler": {
+        "algorithm_type": ("dpmsolver++",),
+        "solver_order": (2,),
+        "solver_type": ("midpoint",),
+        "final_sigmas_type": ("zero",),
+    },
+    "UniPCMultistepScheduler": {
+        "solver_order": (2,),
+        "solver_type": ("bh2",),
+        "predict_x0": (True,),
+        "final_sigmas_type": ("zero",),
+    },
+    "DDPMScheduler": {"variance_type": ("fixed_small", "fixed_small_log")},
+}
+"""What our formulas are; a file that is silent means the first."""
 _BETAS_TOLERANCE = 1e-5
 """Files hold what float32 made of them."""
 
@@ -111,6 +133,11 @@ def noising_of(facts: dict[str, Any], origin: str) -> Noising:
         stepper = StepperKind.DPM_SOLVER_PP_2M_SDE
     grid, notices = _grid(facts, spacing, schedule)
     notices += [f"{name} is set to {entry}, our samplers are not" for entry in _NOT_OURS if facts.get(entry)]
+    for entry, ours in _SOLVERS.get(name, {}).items():
+        if facts.get(entry, ours[0]) not in ours:
+            notices.append(f"{name} has {entry} {facts[entry]!r}, our sampler is that of {_or(list(map(str, ours)))}")
+    if stepper is StepperKind.PLMS and not facts.get("skip_prk_steps", False):
+        notices.append(f"{name} begins with Runge-Kutta steps, our sampler does without (skip_prk_steps)")
     if not facts.get("set_alpha_to_one", stepper is not StepperKind.PLMS) and stepper in _WITH_LAST_ALPHA:
         notices.append(f"{name} ends at the noise of timestep 0, our samplers at the clean latent")
     if grid is Grid.LINSPACE and stepper in _WITH_EVEN_STEPS:
@@ -146,7 +173,7 @@ def _schedule(facts: dict[str, Any], origin: str) -> ScheduleConfig:
             raise ValueError(f"beta_schedule must be {_or([*kinds, CAPPED_COSINE])}, got {name!r}")
         start, end = facts.get("beta_start", 0.0001), facts.get("beta_end", 0.02)
         return ScheduleConfig(kind=kinds[name], start=start, end=end, **more)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # what is no number where one is due
         raise ValueError(f"{origin}: {error}") from error
 
 

@@ -84,14 +84,14 @@ def import_pipeline(where: str, target: str, image_size: int = 0) -> Imported:
     folder = find_pipeline(where)
     if not storage.is_local(target):
         raise ValueError(f"a model's text encoder is read from a local folder: the target must be one, got {target}")
-    if target.rstrip("/") == folder.rstrip("/"):
+    if storage.is_same_place(target, folder):
         raise ValueError(f"{target} holds the pipeline itself: give the model a folder of its own")
     _check_index(folder)
     noising = noising_of(_facts(storage.join(folder, "scheduler", "scheduler_config.json")), f"{folder}/scheduler")
     unet = load_unet(storage.join(folder, "unet"))
     autoencoder = load_autoencoder(storage.join(folder, AUTOENCODER_FOLDER))
     deviation = _deviation(storage.join(folder, AUTOENCODER_FOLDER))
-    size = _latent_size(folder, autoencoder, image_size)
+    size = _latent_size(folder, autoencoder, image_size, unet.config.factor)
     with tempfile.TemporaryDirectory() as staged:
         max_tokens = _stage_text(folder, Path(staged))
         text = TextEncoderConfig(kind=TextEncoderKind.CLIP, path=staged, max_tokens=max_tokens)
@@ -195,10 +195,10 @@ def _deviation(folder: str) -> float:
     return 1 / factor
 
 
-def _latent_size(folder: str, autoencoder: Autoencoder, image_size: int) -> tuple[int, int]:
+def _latent_size(folder: str, autoencoder: Autoencoder, image_size: int, shrinks: int) -> tuple[int, int]:
     factor = autoencoder.config.factor
-    if image_size % factor:
-        raise ValueError(f"image_size must be a multiple of {factor}, got {image_size}")
+    if image_size < 0 or image_size % (factor * shrinks):
+        raise ValueError(f"image_size must be a multiple of {factor * shrinks}, or 0, got {image_size}")
     if image_size:
         return image_size // factor, image_size // factor
     said = _facts(storage.join(folder, "unet", CONFIG_NAME)).get("sample_size")

@@ -92,7 +92,7 @@ def export_pipeline(model: str, target: str) -> str:
         ValueError: if no such pipeline can be the model (see `check_exportable`), a part of it is not the one that it
             names, or the folder is the model's own.
     """
-    if target.rstrip("/") == model.rstrip("/"):
+    if storage.is_same_place(target, model):
         raise ValueError(f"{target} holds the model itself: give the pipeline a folder of its own")
     card = load_card(model)
     check_exportable(card)

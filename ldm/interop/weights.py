@@ -65,7 +65,10 @@ def _indexed(folder: str, index: str) -> list[str]:
     content = json.loads(read_text(index))
     if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
         raise ValueError(f"{index} must hold a weight_map")
-    files = [join(folder, name) for name in sorted(set(content["weight_map"].values()))]
+    names = sorted(set(map(str, content["weight_map"].values())))
+    if outside := [name for name in names if "/" in name or "\\" in name or name in ("", ".", "..")]:
+        raise ValueError(f"{index} names files that do not lie beside it: {_listed(outside)}")
+    files = [join(folder, name) for name in names]
     if missing := [path for path in files if not exists(path)]:
         raise ValueError(f"{index} names files that are not there: {_listed(missing)}")
     return files
