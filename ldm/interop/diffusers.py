@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def load_autoencoder(folder: str) -> Autoencoder:
         FileNotFoundError: if the folder lacks a file.
         ValueError: if it holds another network, or a part of one, naming what differs.
     """
-    return _autoencoder(join(folder, CONFIG_NAME), _weights_in(folder), folder)
+    return _autoencoder(join(folder, CONFIG_NAME), partial(_weights_in, folder), folder)
 
 
 def load_autoencoder_files(config_path: str, weights_path: str, *, origin: str) -> Autoencoder:
@@ -74,7 +75,7 @@ def load_autoencoder_files(config_path: str, weights_path: str, *, origin: str) 
         FileNotFoundError: if there is no such file.
         ValueError: if they hold another network, or a part of one, naming what differs.
     """
-    return _autoencoder(config_path, load_weights(weights_path), origin)
+    return _autoencoder(config_path, partial(load_weights, weights_path), origin)
 
 
 def weights_path(folder: str) -> str:
@@ -202,11 +203,11 @@ def _read_facts(path: str, folder: str, constants_of_class: Mapping[str, Facts])
     return facts
 
 
-def _autoencoder(config_path: str, weights: Mapping[str, Tensor], origin: str) -> Autoencoder:
+def _autoencoder(config_path: str, read_weights: Callable[[], Mapping[str, Tensor]], origin: str) -> Autoencoder:
     facts = _read_facts(config_path, origin, AUTOENCODER_CONSTANTS)
     with torch.device("meta"):
         model = Autoencoder(_autoencoder_config(facts, origin))
-    fill(model, _renamed(weights), origin)
+    fill(model, _renamed(read_weights()), origin)  # the config is judged first: it says what is wrong sooner
     return model
 
 
