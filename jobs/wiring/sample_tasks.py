@@ -87,5 +87,5 @@ def rows_of(task: SampleTask, prompts: Sequence[str], seed: int, shares: Sequenc
     if task is not SampleTask.INTERPOLATE:
         return [Row(prompt, seed + number, prompt) for number, prompt in enumerate(prompts)]
     one, other = prompts
-    way = one if one == other else f"{one} → {other}"
+    way = one if one == other else f"from {one} to {other}"
     return [Row(Between(one, other, share), Between(seed, seed + 1, share), f"{share:.0%} {way}") for share in shares]
