@@ -20,12 +20,10 @@ from jobs.wiring.sample import SampleConfig
 from ldm.conditioning.text import TextTower, TowerOutput
 from ldm.model_card import load_card
 from ldm.model_sizes import model_sizes
-from ldm.safety import SafetyConfig
 from ldm.storage import remove_file
 from ldm.text_to_image import TextToImage, load_text_to_image
 from ldm.training.local_launch import LaunchConfig
 from ldm.training.tracking_config import TrackingConfig
-from ldm.watermark import detect
 from pipeline import generate
 from pipeline.generate_config import GenerateConfig
 from pipeline.generate_plan import plan_generate, verify_generated
@@ -34,7 +32,7 @@ from pipeline.ingest.transforms import ImageFormat
 from pipeline.plan import missing
 from pipeline.run import run
 from pipeline.store.manifest import claim_root, commit_shard, load_manifest
-from tests.small_datasets import contents, facts_of, lines_of_dataset, rows_of
+from tests.small_datasets import facts_of, lines_of_dataset, rows_of
 from tests.tiny_model import (
     DRAWING,
     PROMPTS,
@@ -329,76 +327,3 @@ def test_the_published_manifest_names_the_prompts_and_the_model(drawn: GenerateC
     assert manifest.kind == "generated"
     assert manifest.summary["num_prompts"] == len(PROMPTS)
     assert generate.settings_digest(drawn) != generate.settings_digest(replace(drawn, seed=1))
-
-
-def no_squares(prompt: str) -> str:
-    """A filter of prompts."""
-    return "squares are private" if "square" in prompt else ""
-
-
-def no_red(pixels: np.ndarray, prompt: str) -> str:
-    """A filter of pictures."""
-    assert pixels.shape == (SIZE, SIZE, 3)
-    return "too red" if prompt == "red" else ""
-
-
-def test_filters_refuse_rows_under_their_reasons_and_leave_all_others_as_they_are(
-    model: Path, drawn: GenerateConfig, tmp_path: Path
-) -> None:
-    file = write_lines(tmp_path / "prompts.txt", PROMPTS)
-    safety = SafetyConfig(prompt_filter=f"{__name__}:no_squares", picture_filter=f"{__name__}:no_red")
-    config = replace(generate_config(model, file, tmp_path / "generated"), safety=safety)
-    draw_missing(plan_generate(config))
-    statuses = {line["caption"]: (line["status"], line["detail"]) for line in lines_of_dataset(root_of(config))}
-    assert statuses["a blue square"] == ("refused_prompt", "squares are private")
-    assert statuses["red"] == ("refused_picture", "too red")
-    assert statuses["green"] == ("ok", "")
-    kept = {row["txt"]: row["png"] for row in rows_of(root_of(config)).values()}
-    assert set(kept) == {prompt.encode() for prompt in PROMPTS if "square" not in prompt and prompt != "red"}
-    plain = {json.loads(row["json"])["row"]: row["png"] for row in rows_of(root_of(drawn)).values()}
-    for row in rows_of(root_of(config)).values():
-        assert plain[json.loads(row["json"])["row"]] == row["png"]  # with as many in the batch
-    with pytest.raises(ValueError, match="safety"):
-        plan = plan_generate(replace(config, safety=SafetyConfig()))
-        claim_root(plan.root, plan.kind, plan.identity)
-
-
-def test_a_watermarked_file_never_names_its_key(model: Path, tmp_path: Path) -> None:
-    file = write_table(tmp_path / "prompts.csv", [{"prompt": "red", "height": 64, "width": 64}, {"prompt": "blue"}])
-    safety = SafetyConfig(watermark="a secret key").identified()
-    config = replace(generate_config(model, file, tmp_path / "generated"), safety=safety)
-    draw_missing(plan_generate(config))
-    (row,) = rows_of(root_of(config)).values()
-    assert detect(decode_pixels(row["png"]), "a secret key").is_marked
-    assert not detect(decode_pixels(row["png"]), "another key").is_marked
-    (refused,) = [line for line in lines_of_dataset(root_of(config)) if line["status"] != "ok"]
-    assert refused["status"] == "bad_size"
-    assert "a watermark needs at least 64 x 64 px" in refused["detail"]
-    assert not [name for name, content in contents(root_of(config)).items() if b"a secret key" in content]
-
-
-def no_answer(*_: object) -> None:
-    """A filter that forgot to return."""
-
-
-def fails(*_: object) -> str:
-    """A filter with a bug."""
-    raise ValueError("of the filter's own")
-
-
-@pytest.mark.parametrize(
-    "filters, message",
-    [
-        ({"prompt_filter": f"{__name__}:no_answer"}, "prompt_filter must return the reason as text"),
-        ({"picture_filter": f"{__name__}:no_answer"}, "picture_filter must return the reason as text"),
-        ({"picture_filter": f"{__name__}:fails"}, "of the filter's own"),
-    ],
-)
-def test_a_filter_that_does_not_answer_fails_the_job_and_refuses_no_row(
-    model: Path, tmp_path: Path, filters: dict[str, str], message: str
-) -> None:
-    file = write_lines(tmp_path / "prompts.txt", PROMPTS)
-    config = replace(generate_config(model, file, tmp_path / "generated"), safety=SafetyConfig(**filters))
-    with pytest.raises(ValueError, match=message):
-        draw_missing(plan_generate(config))
-    assert not list(root_of(config).glob("train/*.tar"))

@@ -21,8 +21,10 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 NAME = "settings"
 OF_THE_PLACE = ("root", "record", "launch", "tracking", "bulk")
 """Fields of a configuration that say where something is drawn, or how files of prompts are."""
-OF_THE_USER = {"safety": ("prompt_filter", "picture_filter", "watermark", "watermark_file")}
-"""Parts of other fields that no picture may say: a stranger's would name code to run and files to read."""
+SAFETY = "safety"
+FILTERS, KEYS = ("prompt_filter", "picture_filter"), ("watermark", "watermark_file")
+"""What no picture may say: a stranger's would name code to run and files to read. Filters are the recipe's own; a key
+is given anew, and marks only what the picture says was marked."""
 PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
 
 
@@ -56,11 +58,10 @@ def repeated_here(recipe: ConfigT, settings: Mapping[str, Any]) -> ConfigT:
     """
     places = {name: value for name, value in recipe.to_dict().items() if name in OF_THE_PLACE}
     made = {name: value for name, value in settings.items() if name not in OF_THE_PLACE}
-    own = recipe.to_dict()
-    for name, parts in OF_THE_USER.items():
-        if isinstance(said := made.get(name), dict):
-            trusted = {part: value for part, value in own.get(name, {}).items() if part in parts}
-            made[name] = {part: value for part, value in said.items() if part not in parts} | trusted
+    if isinstance(said := made.get(SAFETY), dict):
+        own = recipe.to_dict().get(SAFETY, {})
+        filters = {name: value for name, value in own.items() if name in FILTERS}
+        made[SAFETY] = {name: value for name, value in said.items() if name not in FILTERS + KEYS} | filters
     return type(recipe).from_yaml(yaml.safe_dump({**made, **places}))
 
 
