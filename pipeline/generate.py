@@ -339,16 +339,19 @@ class GenerateStage:
 
 def settings_digest(config: GenerateConfig) -> str:
     """Return the digest of what decides a row's picture beside the row."""
-    return digest_of(
-        {
-            "model": config.model_digest,
-            "drawing": config.drawing.to_dict(),
-            "guidance": config.guidance,
-            "negative_prompt": config.negative_prompt,
-            "seed": config.seed,
-            "safety": config.safety.without_key().to_dict(),
-        }
-    )
+    return digest_of(deciding(config))
+
+
+def deciding(config: GenerateConfig) -> dict[str, JSON]:
+    """Return what decides a row's picture beside the row."""
+    return {
+        "model": config.model_digest,
+        "drawing": config.drawing.to_dict(),
+        "guidance": config.guidance,
+        "negative_prompt": config.negative_prompt,
+        "seed": config.seed,
+        "safety": config.safety.without_key().to_dict(),
+    }
 
 
 def seed_of(seed: int, row: PromptRow, repeat: int) -> int:

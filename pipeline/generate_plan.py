@@ -19,7 +19,7 @@ from ldm.model_sizes import ModelSizes, model_sizes
 from ldm.request_table import PROMPT
 from ldm.storage import join, list_names, remove_file
 from pipeline.encoder import torch_device
-from pipeline.generate import GenerateStage, RowRange
+from pipeline.generate import GenerateStage, RowRange, deciding
 from pipeline.generate_config import GenerateConfig
 from pipeline.latent_config import Device
 from pipeline.plan import Plan, Resources, ShardTask, missing
@@ -109,12 +109,7 @@ def verify_generated(config: GenerateConfig) -> Verification:
 def _identity(config: GenerateConfig) -> dict[str, JSON]:
     bulk = config.bulk
     return {
-        "model": config.model_digest,
-        "drawing": config.drawing.to_dict(),
-        "guidance": config.guidance,
-        "negative_prompt": config.negative_prompt,
-        "seed": config.seed,
-        "safety": config.safety.without_key().to_dict(),
+        **deciding(config),
         "images_per_prompt": bulk.images_per_prompt,
         "carry": list(bulk.carry),
         "shard_rows": bulk.shard_rows,

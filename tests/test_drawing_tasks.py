@@ -146,18 +146,15 @@ def pixels_at(path: Path) -> np.ndarray:
     return np.asarray(PILImage.open(path)).astype(int)
 
 
-def test_the_job_outpaints(folder: Path, tmp_path: Path) -> None:
+def outpainting(folder: Path, tmp_path: Path, **more: object) -> SampleConfig:
+    """Return the request of one small picture with more around it."""
     PILImage.fromarray(picture_of(seed=7)).save(tmp_path / "a.png")
-    config = config_of(
-        folder,
-        tmp_path,
-        task=SampleTask.OUTPAINT,
-        picture=str(tmp_path / "a.png"),
-        margins=(0, 8, 8, 0),
-        guidance=(1.0,),
-        prompts=("red",),
-        is_separate=True,
-    )
+    begun = {"task": SampleTask.OUTPAINT, "picture": str(tmp_path / "a.png"), "guidance": (1.0,), "prompts": ("red",)}
+    return config_of(folder, tmp_path, **begun, is_separate=True, **more)
+
+
+def test_the_job_outpaints(folder: Path, tmp_path: Path) -> None:
+    config = outpainting(folder, tmp_path, margins=(0, 8, 8, 0))
     (path,) = drawn(config)
     assert pixels_at(path).shape == (24, 24, 3)
     assert (pixels_at(path)[8:, :16] == picture_of(seed=7)).all()
@@ -243,17 +240,6 @@ def let_all_through(prompt: str) -> str:
 
 
 def test_an_outpainted_picture_is_large_enough_for_the_mark_if_its_canvas_is(folder: Path, tmp_path: Path) -> None:
-    PILImage.fromarray(picture_of(seed=7)).save(tmp_path / "a.png")
-    config = config_of(
-        folder,
-        tmp_path,
-        task=SampleTask.OUTPAINT,
-        picture=str(tmp_path / "a.png"),
-        margins=(0, 0, 48, 48),
-        guidance=(1.0,),
-        prompts=("red",),
-        is_separate=True,
-        safety=SafetyConfig(watermark="key"),
-    )
+    config = outpainting(folder, tmp_path, margins=(0, 0, 48, 48), safety=SafetyConfig(watermark="key"))
     (path,) = drawn(config)
     assert detect(pixels_at(path).astype(np.uint8), "key").is_marked

@@ -11,23 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image as PILImage
 
 from ldm.drawing import Drawing, Given
 from ldm.samplers.sample import SamplerConfig
-from ldm.text_to_image import TextToImage, load_text_to_image
+from ldm.text_to_image import TextToImage
 from pipeline.generate_config import GenerateConfig
 from pipeline.generate_plan import cut_rows, plan_generate, verify_generated
 from pipeline.images import decode_pixels
 from pipeline.plan import missing
 from pipeline.prompts import PromptTable, repeats_of
 from tests.small_datasets import facts_of, lines_of_dataset, rows_of
+from tests.test_generate import drawn, loaded, model
 from tests.tiny_model import (
     DRAWING,
     PROMPTS,
     SIZE,
-    draw_missing,
     drawn_file,
     generate_config,
     picture_of,
@@ -35,31 +34,11 @@ from tests.tiny_model import (
     root_of,
     shard_files,
     write_lines,
-    write_model,
     write_table,
 )
 
 BATCH = 3
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def loaded(model: Path) -> TextToImage:
-    return load_text_to_image(str(model), torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def drawn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> GenerateConfig:
-    """Ten prompts in three tars, drawn in this process."""
-    folder = tmp_path_factory.mktemp("drawn")
-    config = generate_config(model, write_lines(folder / "prompts.txt", PROMPTS), folder / "generated")
-    draw_missing(plan_generate(config))
-    return config
-
+__all__ = ["drawn", "loaded", "model"]  # fixtures: a tiny model, and ten prompts that it drew
 
 ROWS = (
     {"prompt": "red", "seed": 7},
