@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.conditioning.conditioner import ConditioningConfig
 from ldm.config import Config, added_later
+from ldm.precision import Precision
 from ldm.samplers.guidance import PLAIN, GuidanceForm
 from ldm.samplers.sample import SamplerConfig
 from ldm.samplers.tasks import num_steps_of
@@ -49,6 +50,11 @@ class Drawing(Config):
     tile: int = added_later(0)
     """Side in pixels of overlapping square tiles that networks see one at a time, so that memory is a tile's whatever
     the size; 0 is all at once."""
+    precision: Precision = added_later(Precision.FP32)
+    """Number format that the denoiser computes in: bf16 or fp16 where the hardware has it (GPUs). Its steps, and the
+    decoding, stay in float32."""
+    is_compiled: bool = added_later(False)
+    """Whether the denoiser is compiled first (torch.compile), once for each shape: minutes, for many pictures."""
 
     @property
     def num_steps(self) -> int:

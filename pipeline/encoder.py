@@ -23,10 +23,11 @@ from ldm.autoencoder.regularizer import mode
 from ldm.conditioning.degradation import degraded
 from ldm.conditioning.masks import random_mask
 from ldm.first_stage import load_autoencoder
+from ldm.precision import autocast
 from ldm.types import Image, Moments
 from pipeline.crops import Part, crop_boxes, cut
 from pipeline.images import Pixels, decode_pixels, image_of_pixels, image_suffix
-from pipeline.latent_config import Degradation, Device, LatentsConfig, Precision
+from pipeline.latent_config import Degradation, Device, LatentsConfig
 from pipeline.latent_shard import low_res_name, map_name, mask_name, masked_name, moments_name
 from pipeline.store.schema import Row
 
@@ -111,13 +112,13 @@ class Encoder:
 
     def encode(self, images: Image) -> Moments:
         """Return the images' raw moments, float32, on the device."""
-        with torch.inference_mode(), self._arithmetic():
+        with torch.inference_mode(), autocast(self.config.precision, self.device):
             parts = images.split(self._num_together(len(images), images.shape[-2] * images.shape[-1]))
             return torch.cat([self.autoencoder.encode(self._laid(part)).float() for part in parts]).contiguous()
 
     def decode(self, moments: Moments) -> Image:
         """Return the images of the posteriors' means, or of VQ's latents, on the CPU."""
-        with torch.inference_mode(), self._arithmetic():
+        with torch.inference_mode(), autocast(self.config.precision, self.device):
             pixels = moments.shape[-2] * moments.shape[-1] * self.factor**2
             latents = [
                 mode(self._laid(part), self.kind) for part in moments.split(self._num_together(len(moments), pixels))
@@ -159,10 +160,6 @@ class Encoder:
                 return cut(crop, (0.0, 0.0, float(width), float(height)), size[::-1])
             case Degradation.BSR_LIGHT:
                 return degraded(np.random.default_rng([columns.mask_seed, int(key, 16), number]), crop, size)
-
-    def _arithmetic(self) -> torch.autocast:
-        dtype = torch.float16 if self.config.precision is Precision.FP16 else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.config.precision is not Precision.FP32)
 
 
 def has_gpu() -> bool:

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from ldm.conditioning.text import TextEncoderConfig
 from ldm.config import Config, added_later
+from ldm.precision import Precision
 from pipeline.latent_gate import GateConfig
 
 
@@ -17,15 +18,6 @@ class Device(StrEnum):
     CUDA = "cuda"
     AUTO = "auto"
     """A GPU where the job is started on a machine that has one."""
-
-
-class Precision(StrEnum):
-    """Number format of the encoder's arithmetic; weights stay float32."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-    """Some autoencoders overflow in it (Stable Diffusion XL's first one): the gate finds that and refuses."""
 
 
 class CropShape(StrEnum):

@@ -16,10 +16,11 @@ from jaxtyping import Float16, Float64
 
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.text_embedding import TextEmbedding
+from ldm.precision import Precision
 from pipeline.crops import Part, parts_of
 from pipeline.encode import batch_rows, member, on_this_machine
 from pipeline.encoder import Encoder
-from pipeline.latent_config import LatentsConfig, Precision, TextStorage
+from pipeline.latent_config import LatentsConfig, TextStorage
 from pipeline.latent_plan import plan_latents
 from pipeline.latent_shard import TEXT_SUFFIX, part_file
 from pipeline.plan import Plan, ShardTask, missing

@@ -11,6 +11,8 @@ import json
 
 import torch
 
+from ldm.precision import Precision
+from ldm.samplers.network import NetworkForms
 from ldm.unet.model import UNetConfig
 from tests.test_unet import awake
 from tests.test_unet_forms import FORMS, given
@@ -32,9 +34,23 @@ def difference(config: UNetConfig) -> float:
     return float((compiled(*inputs) - model(*inputs)).detach().abs().max())
 
 
+def drawing_difference() -> float:
+    """Return that of a network which was compiled to draw with."""
+    torch.compiler.reset()
+    config = dataclasses.replace(FORMS["sdxl"], channel_mult=(1,), attention_factors=(1,), transformer_depth=1)
+    model = awake(config).eval().requires_grad_(False)
+    compiled = NetworkForms(model).of(Precision.FP32, is_compiled=True)
+    assert compiled is not model
+    inputs = given(config)
+    found = compiled(*inputs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "nothing was compiled, or not as a whole"
+    return float((found - model(*inputs)).abs().max())
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    print(json.dumps({name: difference(config) for name, config in COMPILED.items()}))
+    found = {name: difference(config) for name, config in COMPILED.items()}
+    print(json.dumps(found | {"drawing": drawing_difference()}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from jobs.wiring.train_ldm import train_ldm_worker
 from ldm.interop.weights import load_weights
-from ldm.training.engine import EngineConfig, EngineKind, Precision
+from ldm.precision import Precision
+from ldm.training.engine import EngineConfig, EngineKind
 from ldm.training.local_launch import ignore, run_here
 from ldm.training.memory import read_sharding
 from ldm.training.world import World

@@ -11,7 +11,8 @@ import pytest
 
 from jobs.wiring.train_ldm import TrainLdmConfig, train_ldm_worker
 from ldm.interop.weights import load_weights
-from ldm.training.engine import EngineConfig, EngineKind, Precision
+from ldm.precision import Precision
+from ldm.training.engine import EngineConfig, EngineKind
 from ldm.training.local_launch import ignore
 from ldm.training.world import World
 from tests.ranks import alone, run_ranks

@@ -20,8 +20,8 @@ from ldm.autoencoder.model import Autoencoder
 from ldm.autoencoder.regularizer import LOG_VARIANCE_RANGE
 from ldm.conditioning.text import TextEncoder, TextEncoderConfig, TextEncoderKind, text_encoder_digest
 from ldm.interop.diffusers import save_autoencoder, weights_digest
+from ldm.precision import Precision
 from pipeline.images import decode_pixels, image_of_pixels
-from pipeline.latent_config import Precision
 from pipeline.latent_gate import GateConfig
 from pipeline.latent_plan import check_latents, plan_latents
 from pipeline.latent_shard import MOMENTS

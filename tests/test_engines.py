@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.precision import Precision
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import Engine, EngineConfig, EngineKind, LocalEngine, Precision
+from ldm.training.engine import Engine, EngineConfig, EngineKind, LocalEngine
 from ldm.training.engines import build_engine
 from ldm.training.optim import Decay, OptimConfig, learning_rate
 from ldm.training.stopwatch import StepPhase, Timed

@@ -17,9 +17,10 @@ from jobs.wiring.outlook import describe
 from jobs.wiring.train_ldm import check_inputs
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
 from ldm.conditioning.transformer import TokenTransformerConfig
+from ldm.precision import Precision
 from ldm.training.activations import Pass, traced
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import EngineConfig, EngineKind, LocalEngine, Precision
+from ldm.training.engine import EngineConfig, EngineKind, LocalEngine
 from ldm.training.memory import Sharding, Step, forecast, read_sharding
 from ldm.training.optim import OptimConfig
 from ldm.unet.model import UNet, UNetConfig

@@ -20,9 +20,10 @@ from ldm.autoencoder import zoo as autoencoders
 from ldm.conditioning.conditioner import ConditioningConfig
 from ldm.conditioning.rows import RowConditions
 from ldm.latents import LatentSpace
+from ldm.precision import Precision
 from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import EngineConfig, LocalEngine, Precision
+from ldm.training.engine import EngineConfig, LocalEngine
 from ldm.training.flops import counted_flops
 from ldm.training.loop import Progress
 from ldm.training.optim import OptimConfig

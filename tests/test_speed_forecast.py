@@ -20,7 +20,8 @@ from jobs.wiring.outlook import show_outlook, speed
 from jobs.wiring.speed_forecast import forecast_rate
 from jobs.wiring.train_ldm import TrainLdmConfig, check_inputs, denoising
 from jobs.wiring.trials import trial_memory, trials_of
-from ldm.training.engine import EngineConfig, EngineKind, Precision
+from ldm.precision import Precision
+from ldm.training.engine import EngineConfig, EngineKind
 from ldm.training.local_launch import LaunchConfig
 from ldm.training.self_tests import Machine
 from ldm.training.world import World

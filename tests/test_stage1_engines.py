@@ -16,8 +16,9 @@ from torch import Tensor
 from jobs.wiring.autoencoder_memory import LEAST_FILE, advice, needed
 from jobs.wiring.train_autoencoder import TrainAutoencoderConfig, check_sharding
 from ldm.autoencoder.codebook import CodebookConfig
+from ldm.precision import Precision
 from ldm.training.autoencoder_task import AutoencoderTask
-from ldm.training.engine import EngineConfig, EngineKind, Precision
+from ldm.training.engine import EngineConfig, EngineKind
 from ldm.training.memory import Sharding, read_sharding
 from ldm.training.world import World
 from tests.ranks import alone, run_ranks

@@ -13,5 +13,5 @@ def test_unet_compiles_without_a_break_of_the_graph_and_predicts_the_same():
     )
     assert run.returncode == 0, run.stderr[-3000:]
     differences = json.loads(run.stdout.splitlines()[-1])
-    assert len(differences) == 2
+    assert len(differences) == 3
     assert {name: found for name, found in differences.items() if not found < 1e-5} == {}

@@ -18,12 +18,13 @@ from ldm.conditioning.text import TextEncoderConfig, TextEncoderKind
 from ldm.diffusion.schedule import ScheduleConfig
 from ldm.evaluation.protocol import EvaluationProtocol
 from ldm.losses.perceptual import PerceptualConfig, PerceptualKind
+from ldm.precision import Precision
 from ldm.samplers.sample import SamplerConfig
 from ldm.samplers.steppers import StepperKind
 from ldm.storage import join
 from ldm.training.diffusion_task import ObjectiveConfig
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import EngineConfig, EngineKind, Precision
+from ldm.training.engine import EngineConfig, EngineKind
 from ldm.training.local_launch import LaunchConfig
 from ldm.training.loop import LoopConfig
 from ldm.training.optim import OptimConfig
@@ -34,7 +35,6 @@ from pipeline.generate_config import BulkConfig
 from pipeline.ingest.duplicates import DuplicateConfig
 from pipeline.ingest.filters import FilterConfig, laion_safety
 from pipeline.ingest.transforms import PictureConfig
-from pipeline.latent_config import Precision as EncodePrecision
 from pipeline.sources.tables import UrlTableConfig, laion_columns
 
 AUTOENCODER = "hf://stabilityai/sd-vae-ft-mse"
@@ -103,7 +103,7 @@ def precompute_latents(home: str) -> PrecomputeLatentsConfig:
         text=TEXT,
         image_size=256,
         batch_size=64,
-        precision=EncodePrecision.BF16,
+        precision=Precision.BF16,
         num_cpus=8,
         record=join(kept_here(home), "records", "latents"),
         tracking=TRACKING,

@@ -31,10 +31,11 @@ from ldm.conditioning.transformer import TokenTransformerConfig
 from ldm.diffusion.schedule import ScheduleConfig
 from ldm.losses.diffusion import ErrorNorm
 from ldm.losses.perceptual import PerceptualConfig, PerceptualKind
+from ldm.precision import Precision
 from ldm.storage import join
 from ldm.training.diffusion_task import ObjectiveConfig
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import EngineConfig, EngineKind, Precision
+from ldm.training.engine import EngineConfig, EngineKind
 from ldm.training.local_launch import LaunchConfig
 from ldm.training.loop import LoopConfig
 from ldm.training.optim import OptimConfig
@@ -42,7 +43,6 @@ from ldm.training.reconstruction_config import ReconstructionConfig
 from ldm.unet import zoo
 from ldm.unet.model import UNetConfig
 from pipeline.latent_config import ColumnsConfig, Degradation, TextStorage
-from pipeline.latent_config import Precision as EncodePrecision
 
 EMA_HALF_LIFE_STEPS = round(math.log(0.5) / math.log(0.9999))
 WARMUP_STEPS = 10_000
@@ -230,7 +230,7 @@ def precompute_latents(name: str, home: str) -> PrecomputeLatentsConfig:
         image_size=model.image_size,
         columns=model.columns,
         batch_size=64,
-        precision=EncodePrecision.BF16,
+        precision=Precision.BF16,
         num_cpus=8,
         record=join(kept_here(home), "records", "latents"),
     )

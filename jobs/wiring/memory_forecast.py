@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from jobs.session import PROJECT
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
 from ldm.denoiser import build_denoiser
+from ldm.precision import Precision
 from ldm.training.activations import Pass, traced
-from ldm.training.engine import EngineConfig, EngineKind, Precision
+from ldm.training.engine import EngineConfig, EngineKind
 from ldm.training.flops import counted_flops
 from ldm.training.memory import FP32, MOMENTS, UNSHARDED, Memory, Sharding, Step, forecast, read_sharding, unit_of
 from ldm.types import Condition

@@ -22,12 +22,13 @@ from ldm.evaluation.features import feature_network
 from ldm.first_stage import EVALUATION_FILE, NoAutoencoderError, load_autoencoder
 from ldm.interop.diffusers import CONFIG_NAME, save_autoencoder, weights_digest
 from ldm.losses.perceptual import perceptual_distance
+from ldm.precision import Precision
 from ldm.training.adversary import Adversary, build_discriminator, build_memory
 from ldm.training.autoencoder_task import AutoencoderTask
 from ldm.training.autoencoder_validation import AutoencoderValidation, HeldOutImages
 from ldm.training.checkpoint import LATEST_FILE, CheckpointStore
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import Engine, EngineConfig, EngineKind, Precision
+from ldm.training.engine import Engine, EngineConfig, EngineKind
 from ldm.training.engines import build_engine
 from ldm.training.local_launch import LaunchConfig, Outcome
 from ldm.training.loop import LoopConfig, Progress, Surroundings, train

@@ -14,8 +14,8 @@ from torch import nn
 
 from jobs.wiring.memory_forecast import Denoising, denoiser_loss, denoiser_pass
 from ldm.denoiser import build_denoiser
-from ldm.training.engine import Precision
-from ldm.training.engine import autocast as computing_in
+from ldm.precision import Precision
+from ldm.precision import autocast as computing_in
 from ldm.training.memory import Memory
 from ldm.training.out_of_memory import is_out_of_memory
 from ldm.training.world import World

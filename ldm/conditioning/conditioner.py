@@ -1,7 +1,8 @@
 """What a denoiser is told, and the networks that are trained with it to understand that (Rombach et al. 2022, eq. 3).
 
     beside the text of a frozen encoder: a class (one token), a caption's tokens or a layout (a transformer's states)
-    beside the noisy latent: a semantic map's channels, a small image, a masked image's latent and its mask
+    beside the noisy latent: a semantic map's channels, a small image, a masked image's latent and its mask, and where
+    a layout's objects are read as boxes its own row and column
 
 Token states of several conditions lie one after the other. Every condition can be dropped to its null, by itself: the
 empty caption, one more class, the empty layout, a map without classes.
@@ -14,16 +15,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm.conditioning.layout import num_objects
+from ldm.conditioning.layout import POSITION_CHANNELS, BoxReader, LayoutForm, num_objects, position_channels
 from ldm.conditioning.noise_levels import MOST_LEVELS
 from ldm.conditioning.transformer import TokenTransformer, TokenTransformerConfig
 from ldm.config import Config, added_later
+from ldm.remembered import Remembering
 from ldm.types import ClassNumbers, Condition, Latent, SemanticMap, SpatialCondition, TextMask, TextStates
 
 LAYOUT_TRANSFORMER = TokenTransformerConfig(vocab_size=8_192, max_tokens=92, depth=16)
@@ -57,7 +60,8 @@ class ConditioningConfig(Config):
     has_layout: bool = False
     """Whether the boxes of the cache's layout column are told."""
     layout_transformer: TokenTransformerConfig = LAYOUT_TRANSFORMER
-    """The transformer that reads layouts; the paper's has a vocabulary of 8,192 and 92 tokens."""
+    """The transformer that reads layouts; the paper's has a vocabulary of 8,192 and 92 tokens. Of its own, boxes take
+    vocabulary and tokens only."""
     layout_dropout: float = 0.1
     """Share of rows whose layout is replaced by the empty one."""
     map_classes: int = 0
@@ -75,6 +79,8 @@ class ConditioningConfig(Config):
     noise_levels: int = added_later(0)
     """Levels of noise that may lie over the small copy: the first timesteps of a linear schedule of 1,000 (350 in
     Stable Diffusion's upscaler). Training draws one for each row; 0 lays none."""
+    layout_form: LayoutForm = added_later(LayoutForm.TOKENS)
+    """How layouts are read: tokens (the paper) or boxes (one token an object, learned sooner)."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "map_classes"):
@@ -113,7 +119,13 @@ class ConditioningConfig(Config):
         """Return how many channels lie beside a noisy latent."""
         masked = latent_channels + MASK_CHANNELS if self.has_masked_image else 0
         small = IMAGE_CHANNELS if self.has_low_res else 0
-        return masked + small + (self.map_channels if self.map_classes else 0)
+        places = POSITION_CHANNELS if self.has_positions else 0
+        return masked + small + (self.map_channels if self.map_classes else 0) + places
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether each latent's place in the picture is told, for boxes to be found by."""
+        return self.has_layout and self.layout_form is LayoutForm.BOXES
 
 
 class ClassTable(nn.Module):
@@ -150,7 +162,7 @@ class MapRescaler(nn.Module):
         return F.adaptive_avg_pool2d(pixels, size)
 
 
-class Conditioner(nn.Module):
+class Conditioner(Remembering):
     """The trained part of what a denoiser is told: numbers of classes, tokens and pixels to states and channels."""
 
     def __init__(self, config: ConditioningConfig, width: int) -> None:
@@ -158,7 +170,7 @@ class Conditioner(nn.Module):
         self.config = config
         self.text = TokenTransformer(config.text_transformer, width) if config.text is TextUse.TRAINED else None
         self.class_table = ClassTable(config.num_classes, width) if config.num_classes else None
-        self.layout = TokenTransformer(config.layout_transformer, width) if config.has_layout else None
+        self.layout = _layout_reader(config, width) if config.has_layout else None
         self.semantic_map = MapRescaler(config.map_classes, config.map_channels) if config.map_classes else None
 
     def forward(self, condition: Condition, size: tuple[int, int]) -> Condition:
@@ -171,10 +183,15 @@ class Conditioner(nn.Module):
         Raises:
             ValueError: if a part is missing that the config tells the denoiser.
         """
-        states, mask = self._states(condition)
+        # A tile's condition is made anew at each step; what is read of it is the same.
+        read = condition.states, condition.mask, condition.tokens, condition.class_id, condition.layout
+        states, mask = self.shared(read, partial(self._states, condition))
         spatial = [] if condition.spatial is None else [condition.spatial]
         if self.semantic_map is not None:
             spatial.append(self.semantic_map(_there(condition, "semantic_map"), size))
+        if self.config.has_positions:
+            assert states is not None
+            spatial.append(position_channels(size, states))
         return replace(
             condition,
             states=states,
@@ -212,6 +229,11 @@ class ConditionalDenoiser(nn.Module):
         told = self.conditioner.forward(condition, (noisy.shape[-2], noisy.shape[-1]))
         prediction: Tensor = self.unet(noisy, timestep, told)
         return prediction
+
+
+def _layout_reader(config: ConditioningConfig, width: int) -> nn.Module:
+    reader = BoxReader if config.layout_form is LayoutForm.BOXES else TokenTransformer
+    return reader(config.layout_transformer, width)
 
 
 def _there(condition: Condition, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layouts as sequences of tokens (Rombach et al. 2022, section 4.3.2 and appendix E.2; Jahn et al. 2021, section 3.1).
+"""Layouts as sequences of numbers (Rombach et al. 2022, section 4.3.2 and appendix E.2; Jahn et al. 2021, section 3.1).
 
     an object    class, top left corner, bottom right corner                          30 objects: 90 tokens
     the crop     its top left and bottom right corner in the whole picture            2 tokens: 92 in all
@@ -7,25 +7,84 @@ A corner is the number of a cell of the finest square grid that the vocabulary h
 (x, y) in [0, 1] is round(y (s - 1)) s + round(x (s - 1)). Classes share the numbers with the cells. An object that is
 not there is three times the last number of the vocabulary, and so is every token of the null layout.
 
-Letters: b batch, n box, l token.
+A transformer reads them one by one, which is the paper's form; or `BoxReader` reads each object as a whole.
+
+Letters: b batch, n box, l token, d width, h latent row, w latent column, k channel.
 """
 
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.conditioning.transformer import TokenTransformerConfig
-from ldm.types import TokenNumbers
+from ldm.types import SpatialCondition, TextStates, TokenNumbers
 
 TOKENS_OF_BOX = 3
 CROP_TOKENS = 2
+WAVES = 4
+"""Sines, and cosines, by which a share of a side is told: of 1, 2, 4 and 8 half turns over the whole side."""
+POSITION_CHANNELS = 4 * WAVES
+"""Sines and cosines of a position's row and column."""
+NUMBERS_OF_BOX = 8
+"""Centre, both corners and extent."""
 
 Boxes = Float[Tensor, "b n 5"]
 """Class (negative for none), left, top, right, bottom in shares of the crop."""
+
+
+class LayoutForm(StrEnum):
+    """How a layout is read."""
+
+    TOKENS = "tokens"
+    """Class and corners are tokens of a transformer: the paper."""
+    BOXES = "boxes"
+    """An object is one token, of its class and waves of its sides (Li et al. 2023, GLIGEN, section 3.2), and waves of
+    each latent's own row and column lie beside it: followed after a tenth of the samples, where data are few."""
+
+
+class BoxReader(nn.Module):
+    """A token for each object, and one for the crop: its class, centre, corners and extent through two layers."""
+
+    def __init__(self, config: TokenTransformerConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Embedding(config.vocab_size, width)  # the last one is of what has no class
+        self.to_hidden = nn.Linear(width + NUMBERS_OF_BOX * 2 * WAVES, 2 * width)
+        self.to_out = nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: TokenNumbers) -> TextStates:
+        """Return a state for each object and for the crop, shape (b, n + 1, d); what is not there has no waves."""
+        none = self.config.vocab_size - 1
+        crop = torch.cat([torch.full_like(tokens[:, :1], none), tokens[:, -CROP_TOKENS:]], dim=1)
+        parts = torch.cat([tokens[:, :-CROP_TOKENS], crop], dim=1).unflatten(1, (-1, TOKENS_OF_BOX))  # b n+1 3
+        start, end = (_places(parts[..., corner], self.config) for corner in (1, 2))
+        numbers = torch.cat([(start + end) / 2, start, end, end - start], dim=-1)
+        is_there = (parts[..., 1] != none)[..., None]
+        told = waves(numbers).flatten(-2) * is_there
+        embedded: Tensor = self.class_embedding(parts[..., 0])
+        hidden = nn.functional.silu(self.to_hidden(torch.cat([embedded, told.to(embedded.dtype)], dim=-1)))
+        states: Tensor = self.norm(self.to_out(hidden))
+        return states
+
+
+def waves(shares: Float[Tensor, "*s"]) -> Float[Tensor, "*s k"]:
+    """Return sines and cosines of shares of a side; near shares have near waves."""
+    turns = shares[..., None] * math.pi * 2.0 ** torch.arange(WAVES, device=shares.device)
+    return torch.cat([turns.sin(), turns.cos()], dim=-1)
+
+
+def position_channels(size: tuple[int, int], like: TextStates) -> SpatialCondition:
+    """Return the waves of each position's row and column, shape (b, k, h, w); batch, device and dtype as of `like`."""
+    rows, columns = (waves((torch.arange(side, device=like.device) + 0.5) / side).T for side in size)
+    height, width = size
+    both = torch.cat([rows[:, :, None].expand(-1, -1, width), columns[:, None].expand(-1, height, -1)])
+    return both.to(like.dtype).expand(len(like), -1, -1, -1)
 
 
 def num_objects(config: TokenTransformerConfig) -> int:
@@ -71,6 +130,12 @@ def layout_tokens(
     tokens[:, -2] = _cells(start / whole, config)
     tokens[:, -1] = _cells((start + extent) / whole, config)
     return tokens
+
+
+def _places(cells: Int[Tensor, "*b"], config: TokenTransformerConfig) -> Float[Tensor, "*b 2"]:
+    """Return the (x, y) of grid cells in [0, 1]: `_cells` backwards."""
+    side = math.isqrt(config.vocab_size)
+    return torch.stack([cells % side, cells // side], dim=-1) / (side - 1)
 
 
 def _cells(points: Float[Tensor, "*b 2"], config: TokenTransformerConfig) -> Int[Tensor, "*b"]:

@@ -25,11 +25,10 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from ldm.precision import Precision, autocast
 from ldm.training.ema import Ema, EmaConfig, averages_of, swapped_in
 from ldm.training.engine import (
     EngineConfig,
-    Precision,
-    autocast,
     buffers_of,
     loss_scaler,
 )

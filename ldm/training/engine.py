@@ -20,6 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.config import Config, added_later
+from ldm.precision import Precision, autocast
 from ldm.training.ema import Ema, EmaConfig, averages_of, swapped_in
 from ldm.training.fragments import begin_moments, fragments_snapshot, load_fragments, shapes_of, whole_fragments
 from ldm.training.optim import OptimConfig, build_optimizer, leave_out, set_learning_rate
@@ -38,19 +39,6 @@ class EngineKind(StrEnum):
 
     LOCAL = "local"
     DEEPSPEED = "deepspeed"
-
-
-class Precision(StrEnum):
-    """Number format of the forward and backward passes; weights are kept in float32."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The torch dtype of its name."""
-        return {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}[self]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,13 +236,6 @@ def loss_scaler(precision: Precision, device: torch.device) -> torch.amp.GradSca
         growth_interval=LOSS_SCALE_STEPS,
         enabled=precision is Precision.FP16,
     )
-
-
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the block in which a forward pass over float32 weights computes in a precision."""
-    if precision is Precision.FP32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=precision.dtype)
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:

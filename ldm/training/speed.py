@@ -17,7 +17,8 @@ from collections.abc import Iterable
 
 import torch
 
-from ldm.training.engine import EngineConfig, Precision
+from ldm.precision import Precision
+from ldm.training.engine import EngineConfig
 from ldm.training.stopwatch import StepPhase, Timed
 from ldm.training.world import World
 

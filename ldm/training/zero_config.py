@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm import storage
-from ldm.training.engine import FIRST_LOSS_SCALE, LOSS_SCALE_STEPS, EngineConfig, Precision
+from ldm.precision import Precision
+from ldm.training.engine import FIRST_LOSS_SCALE, LOSS_SCALE_STEPS, EngineConfig
 from ldm.training.optim import OptimConfig
 
 OURS = {

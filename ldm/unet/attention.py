@@ -10,12 +10,14 @@ Attributes are named so that parameter names are those of diffusers.
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ldm.remembered import Remembering
 from ldm.types import TextStates
 
 NORM_EPSILON = 1e-6
@@ -23,6 +25,7 @@ PLAIN_NORM_EPSILON = 1e-5
 
 Tokens = Float[Tensor, "b n c"]
 Features = Float[Tensor, "b c h w"]
+Heads = Float[Tensor, "b heads n width"]
 KeyMask = Bool[Tensor, "b 1 1 l"]
 """True where a token may be attended to, alike for all heads and positions."""
 
@@ -45,7 +48,7 @@ class ProjectionForm(StrEnum):
     """Linear maps, (c, c): Stable Diffusion 2 and XL."""
 
 
-class Attention(nn.Module):
+class Attention(Remembering):
     """Multi-head scaled dot-product attention (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(self, channels: int, context_width: int, num_heads: int) -> None:
@@ -59,11 +62,15 @@ class Attention(nn.Module):
     def forward(self, tokens: Tokens, context: TextStates, mask: KeyMask | None) -> Tokens:
         """Return what each token gathers from the context."""
         query = by_head(self.to_q(tokens), self.num_heads)
-        key = by_head(self.to_k(context), self.num_heads)
-        value = by_head(self.to_v(context), self.num_heads)
+        # Tokens that attend to themselves are others at every call.
+        read = partial(self._read, context)
+        key, value = read() if context is tokens else self.shared((context,), read)
         gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # b heads n width
         projected: Tensor = self.to_out[0](gathered.transpose(1, 2).flatten(2))
         return projected
+
+    def _read(self, context: TextStates) -> tuple[Heads, Heads]:
+        return by_head(self.to_k(context), self.num_heads), by_head(self.to_v(context), self.num_heads)
 
 
 class GatedLinear(nn.Module):
@@ -188,7 +195,7 @@ def added_to(features: Features, tokens: Tokens) -> Features:
     return torch.add(features, tokens.transpose(1, 2).reshape(features.shape))
 
 
-def by_head(tokens: Tokens, num_heads: int) -> Float[Tensor, "b heads n width"]:
+def by_head(tokens: Tokens, num_heads: int) -> Heads:
     """Return each head's share of the width."""
     batch, length, width = tokens.shape
     return tokens.view(batch, length, num_heads, width // num_heads).transpose(1, 2)

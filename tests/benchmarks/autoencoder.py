@@ -23,8 +23,9 @@ from torch import Tensor
 from ldm.autoencoder import zoo
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.interop.diffusers import save_autoencoder
+from ldm.precision import Precision
 from pipeline.encoder import Encoder
-from pipeline.latent_config import LatentsConfig, Precision
+from pipeline.latent_config import LatentsConfig
 from tests.benchmarks.network_pair import PairSettings, in_turns, line, run
 
 TOLERANCE = {Precision.FP32: 1e-4, Precision.BF16: 5e-2}

@@ -32,11 +32,12 @@ import tyro
 from ldm.conditioning.text import TextEncoder
 from ldm.config import Config
 from ldm.first_stage import load_autoencoder
+from ldm.precision import Precision
 from ldm.types import Image
 from pipeline.crops import Part
 from pipeline.encode import EncodeStage
 from pipeline.encoder import Encoder, torch_device
-from pipeline.latent_config import Device, LatentsConfig, Precision
+from pipeline.latent_config import Device, LatentsConfig
 from pipeline.latent_gate import EncodedBatch, Gate, stored_form
 from pipeline.latent_plan import plan_latents
 from pipeline.latent_shard import MOMENTS, npy_bytes

@@ -30,8 +30,9 @@ import tyro
 
 from ldm.conditioning.text import encoder_folder
 from ldm.config import Config
+from ldm.precision import Precision
 from pipeline.encode import EncodeStage
-from pipeline.latent_config import Device, LatentsConfig, Precision
+from pipeline.latent_config import Device, LatentsConfig
 from pipeline.latent_plan import plan_latents
 from pipeline.latent_shard import MOMENTS
 from pipeline.plan import Plan

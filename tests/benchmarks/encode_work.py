@@ -18,9 +18,10 @@ from ldm.autoencoder import zoo
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
 from ldm.conditioning.text import TextEncoderConfig
 from ldm.interop.diffusers import save_autoencoder
+from ldm.precision import Precision
 from pipeline.ingest.config import DatasetConfig
 from pipeline.ingest.transforms import ImageFormat, PictureConfig
-from pipeline.latent_config import Device, LatentsConfig, Precision
+from pipeline.latent_config import Device, LatentsConfig
 from pipeline.latent_gate import GateConfig
 from pipeline.sources.emoji import EmojiConfig
 from pipeline.sources.folder import FolderConfig

@@ -30,10 +30,11 @@ from ldm.conditioning.conditioner import ConditioningConfig
 from ldm.conditioning.rows import RowConditions
 from ldm.config import Config
 from ldm.latents import LatentSpace
+from ldm.precision import Precision
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.diffusion_task import DiffusionTask, ObjectiveConfig
 from ldm.training.ema import EmaConfig
-from ldm.training.engine import EngineConfig, EngineKind, Precision
+from ldm.training.engine import EngineConfig, EngineKind
 from ldm.training.engines import build_engine
 from ldm.training.loop import LoopConfig, Surroundings, train
 from ldm.training.optim import OptimConfig, build_optimizer
