@@ -198,7 +198,7 @@ def _condition(
     """Return a condition of the right shapes that says nothing."""
     has_text = config.text is not TextUse.NONE
     is_frozen = config.text is TextUse.FROZEN
-    beside = config.spatial_channels(latent_channels) - (config.map_channels if config.map_classes else 0)
+    beside = config.given_channels(latent_channels)
     states = torch.zeros(rows, told.max_tokens, told.text_width, dtype=dtype) if is_frozen else None
     tokens = torch.zeros(rows, told.max_tokens, dtype=torch.int64) if config.text is TextUse.TRAINED else None
     layout = torch.zeros(rows, config.layout_transformer.max_tokens, dtype=torch.int64) if config.has_layout else None

@@ -117,10 +117,13 @@ class ConditioningConfig(Config):
 
     def spatial_channels(self, latent_channels: int) -> int:
         """Return how many channels lie beside a noisy latent."""
-        masked = latent_channels + MASK_CHANNELS if self.has_masked_image else 0
-        small = IMAGE_CHANNELS if self.has_low_res else 0
         places = POSITION_CHANNELS if self.has_positions else 0
-        return masked + small + (self.map_channels if self.map_classes else 0) + places
+        return self.given_channels(latent_channels) + (self.map_channels if self.map_classes else 0) + places
+
+    def given_channels(self, latent_channels: int) -> int:
+        """Return how many of them come from the data as they are."""
+        masked = latent_channels + MASK_CHANNELS if self.has_masked_image else 0
+        return masked + (IMAGE_CHANNELS if self.has_low_res else 0)
 
     @property
     def has_positions(self) -> bool:
