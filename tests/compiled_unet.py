@@ -37,13 +37,15 @@ def difference(config: UNetConfig) -> float:
 def drawing_difference() -> float:
     """Return that of a network which was compiled to draw with."""
     torch.compiler.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
     config = dataclasses.replace(FORMS["sdxl"], channel_mult=(1,), attention_factors=(1,), transformer_depth=1)
     model = awake(config).eval().requires_grad_(False)
     compiled = NetworkForms(model).of(Precision.FP32, is_compiled=True)
     assert compiled is not model
     inputs = given(config)
     found = compiled(*inputs)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "nothing was compiled, or not as a whole"
+    assert counters["unique_graphs"] == 1, f"{counters['unique_graphs']} graphs were compiled, not one"
     return float((found - model(*inputs)).abs().max())
 
 

@@ -25,6 +25,7 @@ from jobs.wiring.train_ldm import (
     train_ldm_worker,
 )
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
+from ldm.conditioning.layout import LayoutForm
 from ldm.conditioning.text import TextEncoderConfig, TextEncoderKind
 from ldm.conditioning.transformer import TokenTransformerConfig
 from ldm.denoiser import build_denoiser, denoiser_digests, load_denoiser, save_denoiser, unet_config
@@ -70,6 +71,7 @@ NO_TEXT = ConditioningConfig(text=TextUse.NONE)
 TOLD = {
     "class": replace(NO_TEXT, num_classes=3),
     "layout": replace(NO_TEXT, has_layout=True, layout_transformer=LAYOUT),
+    "boxes": replace(NO_TEXT, has_layout=True, layout_transformer=LAYOUT, layout_form=LayoutForm.BOXES),
     "trained text": ConditioningConfig(text=TextUse.TRAINED, text_transformer=SMALL),
     "map": replace(NO_TEXT, map_classes=2, map_channels=2),
     "small image": replace(NO_TEXT, has_low_res=True),

@@ -16,6 +16,7 @@ from jobs.wiring.memory_forecast import Denoising, Told, advice, denoiser_pass, 
 from jobs.wiring.outlook import describe
 from jobs.wiring.train_ldm import check_inputs
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
+from ldm.conditioning.layout import LayoutForm
 from ldm.conditioning.transformer import TokenTransformerConfig
 from ldm.precision import Precision
 from ldm.training.activations import Pass, traced
@@ -181,6 +182,7 @@ CONDITIONINGS = {
     ),
     "class": ConditioningConfig(text=TextUse.NONE, num_classes=4),
     "layout": ConditioningConfig(text=TextUse.NONE, has_layout=True),
+    "boxes": ConditioningConfig(text=TextUse.NONE, has_layout=True, layout_form=LayoutForm.BOXES),
     "map": ConditioningConfig(map_classes=5),
     "inpainting": ConditioningConfig(has_masked_image=True),
     "super-resolution": ConditioningConfig(has_low_res=True),

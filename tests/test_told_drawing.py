@@ -35,6 +35,7 @@ __all__ = ["folder"]  # the fixture: a dataset of squares and its caches
 NAMES = [
     "class",
     "layout",
+    "boxes",
     "map",
     "small image",
     "noisy small image",

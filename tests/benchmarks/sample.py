@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Work:
 CPU_WORKS = (
     Work("emoji, 64 px, 8", unets.emoji(), autoencoders.small_f4(), 16, 8),
     Work("emoji, 64 px, 1", unets.emoji(), autoencoders.small_f4(), 16, 1),
-    Work("18 M, 256 px, 1", laptop(), autoencoders.small_f8(), 32, 1),
+    Work("18 M, 256 px, 1", replace(laptop(), in_channels=16, out_channels=16), autoencoders.small_f8(), 32, 1),
 )
 GPU_WORKS = tuple(
     Work(
