@@ -57,13 +57,13 @@ TOLD = {
 }
 """What each task's denoiser is told."""
 SAMPLES = {
-    "scenes_layout": 64_000,
+    "scenes_layout": 40_000,
     "scenes_map": 120_000,
     "scenes_inpainting": 100_000,
-    "scenes_upscaling": 64_000,
-    "things_class": 64_000,
+    "scenes_upscaling": 48_000,
+    "things_class": 40_000,
 }
-"""How long each is trained: what lies beside the latent is learned sooner than what is attended to."""
+"""How long each is trained; nine tenths of a layout's boxes show their class after 16,000 already."""
 WIDTH = 128
 """Of the states that a layout or a class becomes."""
 LAYOUTS = {
