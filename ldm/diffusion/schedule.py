@@ -14,6 +14,7 @@ Letters: b batch, n number of timesteps.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -116,6 +117,8 @@ class Schedule:
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
         self.log_snr = log_snr_table(config)
+        finite = self.log_snr.clamp(min=LEAST_LOG_SNR) if config.ends_without_signal else self.log_snr
+        self._finite = {finite.device: finite}
 
     @property
     def num_timesteps(self) -> int:
@@ -136,14 +139,20 @@ class Schedule:
 
     def scales_at(self, timestep: float) -> Scales:
         """Return alpha and sigma of one time, shape (), float64 on the CPU: in products they act as plain numbers."""
-        if timestep >= self.num_timesteps:
-            raise ValueError(f"timestep {timestep} lies beyond the schedule's {self.num_timesteps}")
-        return self._scales_of(self.log_snr_at(torch.tensor([timestep], dtype=torch.float64))[0])
+        (found,) = self.scales_along([timestep])
+        return found
+
+    def scales_along(self, timesteps: Sequence[float]) -> list[Scales]:
+        """Return those of each of several times."""
+        if beyond := [timestep for timestep in timesteps if timestep >= self.num_timesteps]:
+            raise ValueError(f"timestep {beyond[0]} lies beyond the schedule's {self.num_timesteps}")
+        whole = self._scales_of(self.log_snr_at(torch.tensor(timesteps, dtype=torch.float64)))
+        return [Scales(alpha, sigma) for alpha, sigma in zip(whole.alpha, whole.sigma, strict=True)]
 
     def log_snr_at(self, timestep: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Return log(alpha^2 / sigma^2) at each time, float64, linear between whole timesteps; infinite where clean."""
         time = timestep.double()
-        table = self._finite.to(time.device)
+        table = self._finite_on(time.device)
         lower = time.floor().long().clamp(0, self.num_timesteps - 2)
         between = torch.lerp(table[lower], table[lower + 1], time - lower)
         if self.config.ends_without_signal:
@@ -152,15 +161,17 @@ class Schedule:
 
     def timestep_at(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Return the time of each log signal-to-noise ratio, float64: the inverse of `log_snr_at` on [0, n - 1]."""
-        rising = -self._finite.to(log_snr.device)
+        rising = -self._finite_on(log_snr.device)
         wanted = -log_snr.double().clamp(min=LEAST_LOG_SNR)
         lower = (torch.searchsorted(rising, wanted, right=True) - 1).clamp(0, self.num_timesteps - 2)
         share = (wanted - rising[lower]) / (rising[lower + 1] - rising[lower])
         return (lower + share).clamp(0, self.num_timesteps - 1)
 
-    @property
-    def _finite(self) -> Float[Tensor, " n"]:
-        return self.log_snr.clamp(min=LEAST_LOG_SNR) if self.config.ends_without_signal else self.log_snr
+    def _finite_on(self, device: torch.device) -> Float[Tensor, " n"]:
+        """Return the table without infinities; a device is sent it once."""
+        if device not in self._finite:
+            self._finite[device] = self._finite[self.log_snr.device].to(device)
+        return self._finite[device]
 
     def _scales_of(self, log_snr: Float[Tensor, "..."]) -> Scales:
         if self.config.kind is ScheduleKind.FLOW:

@@ -101,7 +101,7 @@ def follow(
     stepper = STEPPERS[config.stepper]
     marks = [float(time) for time in times]
     # Scales as numbers in float64: exact, and nothing is copied to the device or waited for.
-    scales = [schedule.scales_at(mark) for mark in marks]
+    scales = schedule.scales_along(marks)
     past: tuple[Past, ...] = ()
     for index in range(len(marks) - 1):
         clean = denoise(noisy, _rows_at(marks[index], noisy))
