@@ -51,8 +51,8 @@ class Drawing(Config):
     """Side in pixels of overlapping square tiles that networks see one at a time, so that memory is a tile's whatever
     the size; 0 is all at once."""
     precision: Precision = added_later(Precision.FP32)
-    """Number format that the denoiser computes in: bf16 or fp16 where the hardware has it (GPUs). Its steps, and the
-    decoding, stay in float32."""
+    """Number format that the denoiser computes in: bf16 or fp16 where the hardware has it (GPUs), in a copy beside its
+    float32 weights. Its steps, and the decoding, stay in float32."""
     is_compiled: bool = added_later(False)
     """Whether the denoiser is compiled first (torch.compile), once for each shape: minutes, for many pictures."""
 

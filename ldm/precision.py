@@ -15,7 +15,7 @@ class Precision(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
-    """Some autoencoders overflow in it, Stable Diffusion XL's first one among them."""
+    """Of a narrow range: Stable Diffusion XL's first autoencoder overflows in it, for one."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,7 +2,8 @@
 
 A network is called at every step with the very same condition. While `steps_share` lasts, its attention to tokens and
 its conditioner remember what they made of the last few inputs, found by identity; outside of it nothing is remembered,
-so that weights may change. Nothing but time is saved: the numbers are those of a call without it, bit for bit.
+so that weights may change. Nothing but time is saved: the numbers are those of a call without it, bit for bit. What is
+compiled computes all of it at every step: a graph for each state of a memory would cost more than it saves.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 MOST_INPUTS = 2
 """Inputs that are remembered: a batch's condition, and the same with what guidance leads away from."""
@@ -44,7 +46,7 @@ class Remembering(nn.Module):
         super().__init__()
         self.memory: Remembered | None = None
 
-    def shared(self, inputs: tuple[object, ...], make: Callable[[], Made]) -> Made:
+    def remembered(self, inputs: tuple[object, ...], make: Callable[[], Made]) -> Made:
         """Return what `make` makes of the inputs, perhaps remembered."""
         memory = self.memory  # once: another thread may end its own sampling meanwhile
         return make() if memory is None else memory.of(inputs, make)
@@ -55,11 +57,11 @@ def steps_share(network: object) -> Iterator[None]:
     """Let a network remember, as long as the context lasts, what it makes of one condition.
 
     Args:
-        network: any callable; what is no module, or has no such part, is left alone. Its weights must not change.
+        network: any callable; what is no module, is compiled or has no such part is left alone. Its weights must not
+            change.
     """
-    parts = (
-        [part for part in network.modules() if isinstance(part, Remembering)] if isinstance(network, nn.Module) else []
-    )
+    inside = () if not isinstance(network, nn.Module) or isinstance(network, OptimizedModule) else network.modules()
+    parts = [part for part in inside if isinstance(part, Remembering)]
     for part in parts:
         part.memory = Remembered()
     try:

@@ -21,6 +21,7 @@ from ldm.conditioning.layout import (
 )
 from ldm.conditioning.transformer import TokenTransformerConfig
 from ldm.denoiser import build_denoiser
+from ldm.samplers.tiles import tiled_network
 from ldm.types import Condition
 from ldm.unet import zoo as unets
 
@@ -66,7 +67,7 @@ def test_what_is_not_there_is_one_state_and_the_null_layout_is_nothing_but_that(
 
 
 def test_near_places_have_near_waves_and_no_two_positions_the_same() -> None:
-    one = position_channels((16, 16), torch.zeros(2, 1, 1))
+    one = position_channels(2, (16, 16))
     assert one.shape == (2, POSITION_CHANNELS, 16, 16)
     flat = one[0].flatten(1).T
     apart = torch.cdist(flat, flat).fill_diagonal_(math.inf)
@@ -74,8 +75,38 @@ def test_near_places_have_near_waves_and_no_two_positions_the_same() -> None:
     likeness = (waves(torch.tensor([0.4, 0.41, 0.5, 0.9])) @ waves(torch.tensor([0.4])).T).flatten()
     assert list(likeness.argsort(descending=True)) == [0, 1, 2, 3]
     # Twice as many positions: the mean of two is where one was.
-    finer = position_channels((32, 32), torch.zeros(1, 1, 1))[0, : POSITION_CHANNELS // 2, :, 0].unflatten(1, (16, 2))
+    finer = position_channels(1, (32, 32))[0, : POSITION_CHANNELS // 2, :, 0].unflatten(1, (16, 2))
     torch.testing.assert_close(finer.mean(dim=2), one[0, : POSITION_CHANNELS // 2, :, 0], rtol=0.1, atol=0.08)
+
+
+def test_a_tile_is_told_its_places_in_the_whole_picture() -> None:
+    seen = []
+
+    def network(noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        seen.append(condition.spatial)
+        return noisy
+
+    whole = position_channels(1, (16, 24))
+    tiled_network(network, 8)(torch.zeros(1, 4, 16, 24), torch.zeros(1), Condition(spatial=whole))
+    parts = [whole[:, :, top : top + 8, left : left + 8] for top in range(9) for left in range(17)]
+    assert len(seen) > 6
+    assert all(any((tile == part).all() for part in parts) for tile in seen)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"has_layout": False}, "has_layout is needed"),
+        ({"layout_transformer": replace(CONFIG, vocab_size=1_024)}, "no square, such as 1,025"),
+        ({"layout_transformer": replace(CONFIG, vocab_size=3)}, "four cells at least"),
+    ],
+)
+def test_boxes_that_could_not_be_told_from_none_are_refused(changes: dict[str, object], message: str) -> None:
+    told = ConditioningConfig(
+        text=TextUse.NONE, has_layout=True, layout_form=LayoutForm.BOXES, layout_transformer=CONFIG
+    )
+    with pytest.raises(ValueError, match=message):
+        replace(told, **changes)
 
 
 def test_boxes_widen_the_input_and_the_corners_reach_the_prediction() -> None:
@@ -92,5 +123,7 @@ def test_boxes_widen_the_input_and_the_corners_reach_the_prediction() -> None:
     noisy = torch.randn(1, 4, 16, 16)
     moved = BOXES + torch.tensor([0.0, 0.2, 0.2, 0.2, 0.2])
     with torch.no_grad():
-        found = [network(noisy, torch.zeros(1), Condition(layout=tokens_of(boxes))) for boxes in (BOXES, moved)]
+        places = position_channels(1, (16, 16))
+        conditions = [Condition(layout=tokens_of(boxes), spatial=places) for boxes in (BOXES, moved)]
+        found = [network(noisy, torch.zeros(1), condition) for condition in conditions]
     assert float((found[0] - found[1]).abs().max()) > 1e-5

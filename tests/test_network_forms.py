@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,8 @@ from torch import nn
 from jobs.wiring.picture_settings import repeated_here, settings_in
 from ldm.conditioning.conditioner import ConditionalDenoiser, Conditioner, ConditioningConfig, TextUse
 from ldm.conditioning.transformer import TokenTransformerConfig
-from ldm.drawing import Drawing
 from ldm.precision import Precision
-from ldm.remembered import MOST_INPUTS, Remembered, steps_share
+from ldm.remembered import MOST_INPUTS, Remembered, Remembering, steps_share
 from ldm.samplers.network import NetworkForms
 from ldm.samplers.tiles import tiled_network
 from ldm.text_to_image import TextToImage
@@ -64,34 +64,34 @@ def layout_denoiser() -> ConditionalDenoiser:
     return network.eval().requires_grad_(False)
 
 
-def test_the_keys_of_a_prompt_are_made_once_for_all_steps_and_the_picture_is_the_same(
-    model: TextToImage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_keys_of_a_batchs_prompts_are_made_once_for_all_steps(model: TextToImage) -> None:
     asked = {"prompts": ["red", "a blue square"], "seeds": [1, 2], "guidance": [3.0, 1.0], "drawing": DRAWING}
     parts = reading(model._unet)
     assert len(parts) > 1
+    with Calls(*parts) as calls, Calls(model._unet) as steps:
+        model.generate(**asked)
+    assert (calls.number, steps.number) == (len(parts), DRAWING.sampler.num_steps)
     with Calls(*parts) as calls:
-        found = model.generate(**asked)
-    assert calls.number == len(parts)
-    monkeypatch.setattr(Remembered, "of", lambda self, inputs, make: make())
-    with Calls(*parts) as calls:
-        assert (model.generate(**asked) == found).all()
-    assert calls.number == len(parts) * DRAWING.sampler.num_steps
+        model.generate(**asked, batch_size=1)  # one of them is not guided
+    assert calls.number == 2 * len(parts)
 
 
-def test_between_two_drawings_weights_may_change() -> None:
+def test_between_two_drawings_the_weights_that_are_remembered_through_may_change() -> None:
     network = layout_denoiser()
     condition = Condition(layout=torch.tensor([[3, 1, 2, 0, 15]]))
     noisy, time = torch.randn(1, 4, 8, 8), torch.zeros(1)
     with steps_share(network):
         before = network(noisy, time, condition)
         assert (network(noisy, time, condition) == before).all()
-    for part in network.modules():
-        if isinstance(part, Attention):
-            part.to_v.weight += 1.0
-    assert not (network(noisy, time, condition) == before).all()
+    for weight in (*(part.weight for part in reading(network)), *network.conditioner.parameters()):
+        weight += 0.1 * torch.randn(weight.shape)
+    changed = copy.deepcopy(network)(noisy, time, condition)
+    assert not (changed == before).all()
     with steps_share(network):
-        assert not (network(noisy, time, condition) == before).all()
+        assert (network(noisy, time, condition) == changed).all()
+    with pytest.raises(RuntimeError), steps_share(network):
+        raise RuntimeError
+    assert [part for part in network.modules() if isinstance(part, Remembering) and part.memory is not None] == []
 
 
 def test_a_layout_is_read_once_whatever_the_steps_and_tiles() -> None:
@@ -152,8 +152,12 @@ def test_a_callable_that_is_no_module_has_one_form() -> None:
         forms.of(Precision.BF16, is_compiled=False)
 
 
-def test_forms_are_made_once() -> None:
-    forms = NetworkForms(layout_denoiser())
+def test_forms_are_made_once_and_a_compiled_one_has_no_weights_of_its_own() -> None:
+    network = layout_denoiser()
+    forms = NetworkForms(network)
     for precision, is_compiled in ((Precision.BF16, False), (Precision.BF16, True), (Precision.FP32, True)):
         assert forms.of(precision, is_compiled=is_compiled) is forms.of(precision, is_compiled=is_compiled)
-    assert Drawing().precision is Precision.FP32
+        shared = [weight.data_ptr() for weight in forms.of(precision, is_compiled=is_compiled).parameters()]
+        assert shared == [weight.data_ptr() for weight in forms.of(precision, is_compiled=False).parameters()]
+    assert {weight.dtype for weight in forms.of(Precision.BF16, is_compiled=True).parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in network.parameters()} == {torch.float32}

@@ -63,7 +63,7 @@ SAMPLES = {
     "scenes_upscaling": 48_000,
     "things_class": 40_000,
 }
-"""How long each is trained; nine tenths of a layout's boxes show their class after 16,000 already."""
+"""How long each is trained; how well that is learned, tests/benchmarks/results/tasks.json says."""
 WIDTH = 128
 """Of the states that a layout or a class becomes."""
 LAYOUTS = {
@@ -151,10 +151,11 @@ def _guidance(told: ConditioningConfig) -> float:
 
 
 def _objective(told: ConditioningConfig) -> ObjectiveConfig:
-    """Return the recipe's own, and the velocity where a thing's place is not shown beside every latent.
+    """Return the recipe's own, and the velocity where what is drawn is not shown beside every latent.
 
-    It is decided where the noise is strongest, where an error of the noise hardly shows and one of the velocity does:
-    after 48,000 rows of the noise a layout's tokens were not followed at all.
+    What is drawn is decided where the noise is strongest; there an error of the predicted noise hardly weighs, and one
+    of the velocity does. After 48,000 rows of noise neither layouts were followed nor masks filled. (For other
+    predictions than noise jobs.evaluate asks of the loss only that it fell.)
     """
     own = emoji.train_ldm("").objective
     is_shown = told.map_classes or told.has_low_res

@@ -13,6 +13,7 @@ y pixel row, x pixel column, n class.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm.conditioning.layout import POSITION_CHANNELS, BoxReader, LayoutForm, num_objects, position_channels
+from ldm.conditioning.layout import POSITION_CHANNELS, BoxReader, LayoutForm, num_objects
 from ldm.conditioning.noise_levels import MOST_LEVELS
 from ldm.conditioning.transformer import TokenTransformer, TokenTransformerConfig
 from ldm.config import Config, added_later
@@ -60,8 +61,8 @@ class ConditioningConfig(Config):
     has_layout: bool = False
     """Whether the boxes of the cache's layout column are told."""
     layout_transformer: TokenTransformerConfig = LAYOUT_TRANSFORMER
-    """The transformer that reads layouts; the paper's has a vocabulary of 8,192 and 92 tokens. Of its own, boxes take
-    vocabulary and tokens only."""
+    """The transformer that reads layouts; the paper's has a vocabulary of 8,192 and 92 tokens. Boxes are numbered as
+    its tokens are (vocab_size, max_tokens) and go through no transformer."""
     layout_dropout: float = 0.1
     """Share of rows whose layout is replaced by the empty one."""
     map_classes: int = 0
@@ -93,10 +94,23 @@ class ConditioningConfig(Config):
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.has_layout:
             num_objects(self.layout_transformer)
+        if self.layout_form is LayoutForm.BOXES:
+            self._check_boxes()
         if not 0 <= self.noise_levels <= MOST_LEVELS or (self.noise_levels and not self.has_low_res):
             raise ValueError(
                 f"noise_levels, from 0 to {MOST_LEVELS}, are of the small copy that has_low_res tells, "
                 f"got {self.noise_levels} and has_low_res {self.has_low_res}"
+            )
+
+    def _check_boxes(self) -> None:
+        if not self.has_layout:
+            raise ValueError("layout_form boxes is of layouts: has_layout is needed")
+        number = self.layout_transformer.vocab_size
+        side = math.isqrt(number)
+        if side < 2 or side * side == number:
+            raise ValueError(
+                f"boxes need four cells at least, and a last number of the vocabulary that is none of them (no square, "
+                f"such as 1,025), got {number}"
             )
 
     @property
@@ -117,13 +131,13 @@ class ConditioningConfig(Config):
 
     def spatial_channels(self, latent_channels: int) -> int:
         """Return how many channels lie beside a noisy latent."""
-        places = POSITION_CHANNELS if self.has_positions else 0
-        return self.given_channels(latent_channels) + (self.map_channels if self.map_classes else 0) + places
+        return self.given_channels(latent_channels) + (self.map_channels if self.map_classes else 0)
 
     def given_channels(self, latent_channels: int) -> int:
-        """Return how many of them come from the data as they are."""
+        """Return how many of them go through no weights of ours before the denoiser's."""
         masked = latent_channels + MASK_CHANNELS if self.has_masked_image else 0
-        return masked + (IMAGE_CHANNELS if self.has_low_res else 0)
+        small = IMAGE_CHANNELS if self.has_low_res else 0
+        return masked + small + (POSITION_CHANNELS if self.has_positions else 0)
 
     @property
     def has_positions(self) -> bool:
@@ -188,13 +202,10 @@ class Conditioner(Remembering):
         """
         # A tile's condition is made anew at each step; what is read of it is the same.
         read = condition.states, condition.mask, condition.tokens, condition.class_id, condition.layout
-        states, mask = self.shared(read, partial(self._states, condition))
+        states, mask = self.remembered(read, partial(self._states, condition))
         spatial = [] if condition.spatial is None else [condition.spatial]
         if self.semantic_map is not None:
             spatial.append(self.semantic_map(_there(condition, "semantic_map"), size))
-        if self.config.has_positions:
-            assert states is not None
-            spatial.append(position_channels(size, states))
         return replace(
             condition,
             states=states,

@@ -79,12 +79,12 @@ def waves(shares: Float[Tensor, "*s"]) -> Float[Tensor, "*s k"]:
     return torch.cat([turns.sin(), turns.cos()], dim=-1)
 
 
-def position_channels(size: tuple[int, int], like: TextStates) -> SpatialCondition:
-    """Return the waves of each position's row and column, shape (b, k, h, w); batch, device and dtype as of `like`."""
-    rows, columns = (waves((torch.arange(side, device=like.device) + 0.5) / side).T for side in size)
+def position_channels(num_rows: int, size: tuple[int, int]) -> SpatialCondition:
+    """Return the waves of each position's row and column in the whole, shape (b, k, h, w)."""
+    rows, columns = (waves((torch.arange(side) + 0.5) / side).T for side in size)
     height, width = size
     both = torch.cat([rows[:, :, None].expand(-1, -1, width), columns[:, None].expand(-1, height, -1)])
-    return both.to(like.dtype).expand(len(like), -1, -1, -1)
+    return both.expand(num_rows, -1, -1, -1)
 
 
 def num_objects(config: TokenTransformerConfig) -> int:

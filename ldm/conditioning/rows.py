@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
-from ldm.conditioning.layout import layout_tokens, null_layout
+from ldm.conditioning.layout import layout_tokens, null_layout, position_channels
 from ldm.conditioning.noise_levels import with_noise
 from ldm.latents import LatentSpace
 from ldm.randomness import Draw, normal, uniform
@@ -99,7 +99,7 @@ class RowConditions:
         return torch.cat([size, crop[:, :2] / crop[:, 2:] * target, target.expand_as(size)], dim=1)
 
     def _spatial(self, batch: LatentBatch, level: Tensor) -> SpatialCondition | None:
-        """Return mask and masked image's latent, then the small image, at the latent's size.
+        """Return mask and masked image's latent, the small image, then each latent's place, at the latent's size.
 
         Mask first is Stable Diffusion's order; the paper's inpainting_big was released with the mask last, so its
         weights must have their input channels turned before they are used with this.
@@ -114,6 +114,9 @@ class RowConditions:
                 noise = normal(self.seed, Draw.SMALL_NOISE, batch.samples.tolist(), tuple(small.shape[1:]))
                 small = with_noise(small, level, noise)
             parts.append(small)
+        if self.config.has_positions:
+            height, width = batch.moments.shape[-2:]
+            parts.append(position_channels(len(batch.keys), (height, width)))
         return torch.cat(parts, dim=1) if parts else None
 
 

@@ -17,17 +17,17 @@ from ldm.types import Condition, Latent
 
 
 class CastNetwork(nn.Module):
-    """A copy of a network whose weights have another number format; latents come and go in the caller's.
+    """A network in one number format, called with latents of another and returning that.
 
     Args:
-        network: stays as it is.
-        precision: of the copy.
+        network: its floating-point weights are of `dtype`.
+        dtype: number format.
     """
 
-    def __init__(self, network: nn.Module, precision: Precision) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).to(precision.dtype)
-        self._dtype = precision.dtype
+        self.network = network
+        self._dtype = dtype
 
     def forward(self, noisy: Latent, timestep: Float[Tensor, " b"], condition: Condition) -> Latent:
         """Return the prediction; the condition must have the network's format, made once for all steps."""
@@ -36,7 +36,7 @@ class CastNetwork(nn.Module):
 
 
 class NetworkForms:
-    """A denoiser's forms, each made when it is first asked for."""
+    """A denoiser's forms, each made when it is first asked for and kept: its weights must not change after that."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -44,8 +44,6 @@ class NetworkForms:
 
     def of(self, precision: Precision, *, is_compiled: bool) -> Network:
         """Return the form; what is no module has one only.
-
-        A compiled form shares no work between steps (`ldm.remembered`): its graph takes what it is given.
 
         Raises:
             ValueError: if another is asked of a callable that is no module.
@@ -56,6 +54,17 @@ class NetworkForms:
             raise ValueError(f"{precision.value} and compiling are of a loaded denoiser, this is another callable")
         form = precision, is_compiled
         if form not in self._made:
-            cast = self._network if precision is Precision.FP32 else CastNetwork(self._network, precision)
-            self._made[form] = torch.compile(cast) if is_compiled else cast
+            if is_compiled:
+                self._made[form] = torch.compile(self.of(precision, is_compiled=False))
+            else:
+                self._made[form] = CastNetwork(_cast_copy(self._network, precision.dtype), precision.dtype)
         return self._made[form]
+
+
+def _cast_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy whose weights have another number format, without a copy of them in their own."""
+    cast: dict[int, object] = {
+        id(weight): nn.Parameter(weight.detach().to(dtype), requires_grad=False) for weight in network.parameters()
+    }
+    cast |= {id(kept): kept.to(dtype) if kept.is_floating_point() else kept.clone() for kept in network.buffers()}
+    return copy.deepcopy(network, cast)

@@ -64,7 +64,7 @@ class Attention(Remembering):
         query = by_head(self.to_q(tokens), self.num_heads)
         # Tokens that attend to themselves are others at every call.
         read = partial(self._read, context)
-        key, value = read() if context is tokens else self.shared((context,), read)
+        key, value = read() if context is tokens else self.remembered((context,), read)
         gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # b heads n width
         projected: Tensor = self.to_out[0](gathered.transpose(1, 2).flatten(2))
         return projected
