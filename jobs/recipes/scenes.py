@@ -60,7 +60,7 @@ SAMPLES = {
     "scenes_layout": 40_000,
     "scenes_map": 120_000,
     "scenes_inpainting": 100_000,
-    "scenes_upscaling": 48_000,
+    "scenes_upscaling": 80_000,
     "things_class": 40_000,
 }
 """How long each is trained; how well that is learned, tests/benchmarks/results/tasks.json says."""
@@ -151,15 +151,14 @@ def _guidance(told: ConditioningConfig) -> float:
 
 
 def _objective(told: ConditioningConfig) -> ObjectiveConfig:
-    """Return the recipe's own, and the velocity where what is drawn is not shown beside every latent.
+    """Return the recipe's own, and the velocity where a map does not show what is drawn.
 
     What is drawn is decided where the noise is strongest; there an error of the predicted noise hardly weighs, and one
-    of the velocity does. After 48,000 rows of noise neither layouts were followed nor masks filled. (For other
-    predictions than noise jobs.evaluate asks of the loss only that it fell.)
+    of the velocity does. After 48,000 rows of noise neither layouts were followed nor masks filled, and what was
+    enlarged had other colours. (For other predictions than noise jobs.evaluate asks of the loss only that it fell.)
     """
     own = emoji.train_ldm("").objective
-    is_shown = told.map_classes or told.has_low_res
-    return own if is_shown else replace(own, prediction=Prediction.VELOCITY)
+    return own if told.map_classes else replace(own, prediction=Prediction.VELOCITY)
 
 
 def _network(told: ConditioningConfig) -> UNetConfig:
