@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from ldm.conditioning.conditioner import ConditioningConfig
+from ldm.conditioning.layout import num_objects
 from ldm.config import Config, added_later
 from ldm.precision import Precision
 from ldm.samplers.guidance import PLAIN, GuidanceForm
@@ -25,6 +26,14 @@ Pixels = UInt8[np.ndarray, "n y x 3"]
 PixelMasks = Bool[np.ndarray, "n y x"]
 SemanticMaps = Int[np.ndarray, "n y x"]
 Box = tuple[int, float, float, float, float]
+OPTIONS = {
+    "classes": "--classes",
+    "layouts": "--layouts",
+    "maps": "--semantic-map",
+    "small": "--small",
+    "masks": "inpaint ... --picture --mask",
+}
+"""How each part is given to the job."""
 NO_BOX = (-1.0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -178,9 +187,15 @@ def check_told(config: ConditioningConfig, given: Given, noise_level: int = 0) -
     }
     there = given.counts()
     if lacking := [name for name, is_needed in needed.items() if is_needed and name not in there]:
-        raise ValueError(f"this model is told {' and '.join(lacking)}, which must be given with every picture")
+        options = " ".join(OPTIONS[name] for name in lacking)
+        raise ValueError(
+            f"this model is told {' and '.join(lacking)}, which must be given with every picture: jobs.sample {options}"
+        )
     if idle := [name for name in ("classes", "layouts", "maps", "small") if name in there and not needed[name]]:
         raise ValueError(f"this model is not told {' or '.join(idle)}: it was trained without")
+    most = num_objects(config.layout_transformer) if config.has_layout else 0
+    if given.layouts is not None and (longest := max(map(len, given.layouts), default=0)) > most:
+        raise ValueError(f"this model reads {most} boxes a layout at most, got {longest}")
     if noise_level >= max(1, config.noise_levels):
         raise ValueError(f"noise_level {noise_level} is not among the {config.noise_levels} that this model was told")
 

@@ -191,7 +191,10 @@ def boxes_in(text: str) -> list[list[float]]:
             return found if isinstance(found, list) else [found]
         return [[float(number) for number in box.split()] for box in text.split(";") if box.strip()]
     except ValueError as error:
-        raise ValueError(f"a layout is 'CLASS LEFT TOP RIGHT BOTTOM; ...', got {text!r}") from error
+        raise ValueError(
+            f"a layout is 'CLASS LEFT TOP RIGHT BOTTOM; ...', all numbers, got {text!r}: a class's is its place in the "
+            "list that the data were made with"
+        ) from error
 
 
 def _whole_number(name: str, cell: Any) -> int:

@@ -229,11 +229,21 @@ def layout_from(given: Any) -> tuple[Box, ...]:
         boxes = [[float(number) for number in box] for box in given]
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"a layout is boxes of five numbers each, got {str(given)[:80]}") from error
-    for box in boxes:
-        is_box = len(box) == 5 and all(map(math.isfinite, box))
-        if not is_box or box[0] != int(box[0]) or not (box[1] < box[3] and box[2] < box[4]):
-            raise ValueError(f"a box is (class, left, top, right, bottom) with ascending sides, got {tuple(box)}")
+    for number, box in enumerate(boxes, start=1):
+        if wrong := _why_no_box(box):
+            said = " ".join(f"{part:g}" for part in box)
+            raise ValueError(f"a box is class, left, top, right, bottom; box {number}, {said}, {wrong}")
     return tuple((int(number), left, top, right, low) for number, left, top, right, low in boxes)
+
+
+def _why_no_box(box: list[float]) -> str:
+    if len(box) != 5:
+        return f"has {len(box)} numbers"
+    if not all(map(math.isfinite, box)) or box[0] != int(box[0]) or box[0] < 0:
+        return "has no class that is a whole number, from 0"
+    if min(box[1:]) < 0 or max(box[1:]) > 1:
+        return "has sides that are no shares of the picture, from 0 to 1"
+    return "" if box[1] < box[3] and box[2] < box[4] else "has no room between left and right, or top and bottom"
 
 
 def outpainted(picture: Picture, margins: tuple[int, int, int, int]) -> tuple[Picture, Mask]:

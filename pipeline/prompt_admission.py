@@ -100,10 +100,9 @@ class Admission:
     def _unknown_class(self, request: Request) -> str:
         """Return in words which class the model has no number for; empty where all are known."""
         config = self.conditioning
-        boxes = config.layout_transformer.vocab_size - 1
         found = {
             "class_id": (() if request.class_id is None else (request.class_id,), config.num_classes),
-            "layout": ([box[0] for box in request.layout or ()], boxes if config.has_layout else 0),
+            "layout": ([box[0] for box in request.layout or ()], config.box_numbers if config.has_layout else 0),
             "semantic_map": ((), config.map_classes),
         }
         if request.semantic_map is not None:

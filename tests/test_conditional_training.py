@@ -71,7 +71,9 @@ NO_TEXT = ConditioningConfig(text=TextUse.NONE)
 TOLD = {
     "class": replace(NO_TEXT, num_classes=3),
     "layout": replace(NO_TEXT, has_layout=True, layout_transformer=LAYOUT),
-    "boxes": replace(NO_TEXT, has_layout=True, layout_transformer=LAYOUT, layout_form=LayoutForm.BOXES),
+    "boxes": replace(
+        NO_TEXT, has_layout=True, layout_transformer=LAYOUT, layout_form=LayoutForm.BOXES, layout_classes=3
+    ),
     "trained text": ConditioningConfig(text=TextUse.TRAINED, text_transformer=SMALL),
     "map": replace(NO_TEXT, map_classes=2, map_channels=2),
     "small image": replace(NO_TEXT, has_low_res=True),

@@ -245,7 +245,6 @@ def test_the_job_draws_a_file_and_shows_its_first_pictures(
     "fields, message",
     [
         ({"guidance": (1.0, 3.0)}, r"give one, such as --guidance 3, got 1, 3"),
-        ({"guidance": (3.0,), "classes": (1,)}, r"classes are of a grid"),
         ({"guidance": (3.0,), "picture": "a.png"}, r"picture are of a grid"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from jobs.wiring.sample import SampleConfig, sample_worker
+from jobs.wiring.sample_tasks import SampleTask
 from jobs.wiring.train_ldm import row_conditions
 from ldm.conditioning.masks import random_mask
 from ldm.drawing import Drawing, Given
@@ -195,16 +196,44 @@ def test_the_job_draws_by_what_the_model_is_told(
 
 def test_a_layout_that_is_none_is_refused_as_it_was_said(folder: Path, tmp_path: Path) -> None:
     given = {"root": str(tmp_path), "record": str(tmp_path), "model": "", "prompts": ("a", "b")}
-    with pytest.raises(ValueError, match=r"classes are one for each of the 2 prompts, got \(1,\)"):
+    with pytest.raises(ValueError, match="classes are one for each of the 2 prompts, got 1: give as many --prompts"):
         SampleConfig(**given, classes=(1,))
-    with pytest.raises(ValueError, match="a layout is 'CLASS LEFT TOP RIGHT BOTTOM; ...', got '1 a b'"):
+    with pytest.raises(ValueError, match="interpolate knows no way between classes or layouts"):
+        SampleConfig(**given, layouts=("1 0 0 1 1",) * 4, task=SampleTask.INTERPOLATE)
+    with pytest.raises(ValueError, match="a layout is 'CLASS LEFT TOP RIGHT BOTTOM; ...', all numbers, got '1 a b'"):
         boxes_in("1 a b")
 
 
-@pytest.mark.parametrize("box", [(1, 0.5, 0.1, 0.4, 0.6), (1, 0.0, 0.1, 0.4)])
-def test_a_box_that_is_none_is_refused(box: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="with ascending sides"):
-        layout_from([box])
+@pytest.mark.parametrize(
+    "box, reason",
+    [
+        ((1, 0.5, 0.1, 0.4, 0.6), "1 0.5 0.1 0.4 0.6, has no room between left and right"),
+        ((1, 0.0, 0.1, 0.4), "has 4 numbers"),
+        ((1, 0.0, 0.1, 1.6, 0.6), "has sides that are no shares of the picture, from 0 to 1"),
+        ((1, -0.1, 0.1, 0.6, 0.6), "has sides that are no shares"),
+        ((1.5, 0.0, 0.1, 0.6, 0.6), "has no class that is a whole number"),
+        ((-1, 0.0, 0.1, 0.6, 0.6), "has no class that is a whole number"),
+    ],
+)
+def test_a_box_that_is_none_is_refused_with_its_place_and_reason(box: tuple[float, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"box 2, .*{reason}"):
+        layout_from([(1, 0.0, 0.0, 1.0, 1.0), box])
+
+
+def test_boxes_of_an_unknown_class_or_too_many_are_refused(folder: Path) -> None:
+    config = training(folder, "boxes", 16)
+    config = replace(config, root=str(folder / "few"), record=str(folder / "few record"))
+    run(config)
+    model = load_text_to_image(config.model_folder, torch.device("cpu"))
+    box = (2, 0.1, 0.1, 0.6, 0.9)
+    for boxes, reason in (
+        ((box, (3, *box[1:])), "numbers below 3 .* a box's class has 3"),
+        ((box,) * 3, "reads 2 boxes"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            model.generate([""], seeds=[0], given=Given(layouts=(boxes,)), drawing=DRAWING)
+    with pytest.raises(ValueError, match="told layouts, which must be given .*: jobs.sample --layouts"):
+        model.generate([""], seeds=[0], drawing=DRAWING)
 
 
 def test_a_map_is_read_from_numbers_or_a_picture_of_them() -> None:

@@ -46,7 +46,11 @@ LAYOUT = TokenTransformerConfig(vocab_size=1_025, max_tokens=14, depth=1)
 """Four boxes with corners on a grid of 32 x 32; read as boxes, they go through no transformer."""
 TOLD = {
     "scenes_layout": ConditioningConfig(
-        text=TextUse.NONE, has_layout=True, layout_form=LayoutForm.BOXES, layout_transformer=LAYOUT
+        text=TextUse.NONE,
+        has_layout=True,
+        layout_form=LayoutForm.BOXES,
+        layout_transformer=LAYOUT,
+        layout_classes=len(SCENES.classes),
     ),
     "scenes_map": ConditioningConfig(
         text=TextUse.NONE, map_classes=len(SCENES.classes), map_channels=MAP_CHANNELS, map_dropout=0.1

@@ -101,10 +101,13 @@ class SampleConfig(Drawing):
             return
         if not self.prompts or not self.guidance:
             raise ValueError("a grid needs at least one prompt and one guidance scale")
+        if self.task is SampleTask.INTERPOLATE and (self.classes or self.layouts):
+            raise ValueError("interpolate knows no way between classes or layouts")
         for name in ("classes", "layouts"):
-            if len(getattr(self, name)) not in (0, len(self.prompts)):
+            if len(found := getattr(self, name)) not in (0, len(self.prompts)):
                 raise ValueError(
-                    f"{name} are one for each of the {len(self.prompts)} prompts, got {getattr(self, name)}"
+                    f"{name} are one for each of the {len(self.prompts)} prompts, got {len(found)}: give as many "
+                    "--prompts (a model without text takes them as the rows' names)"
                 )
         if self.mask and not self.picture:
             raise ValueError("a mask needs a picture that it lies over: --picture FILE")
@@ -113,8 +116,6 @@ class SampleConfig(Drawing):
         check_task(self.task, [name for name, is_there in is_given.items() if is_there])
         if self.task is SampleTask.INTERPOLATE and len(self.prompts) != 2:
             raise ValueError(f"interpolate goes from one prompt to another, two in all: got {self.prompts}")
-        if self.task is SampleTask.INTERPOLATE and (self.classes or self.layouts):
-            raise ValueError("interpolate knows no way between classes or layouts")
         if wrong := [share for share in self.shares if not 0 <= share <= 1]:
             raise ValueError(f"shares of the way lie in [0, 1], got {wrong[0]}")
         if not 0 <= self.seed < MAX_SEED:
@@ -131,7 +132,8 @@ class SampleConfig(Drawing):
             )
         if self.task is not SampleTask.DRAW:
             raise ValueError(f"{self.task.value} is of a grid: a file's rows say in columns what they ask")
-        given = [name for name in (*FILES, "classes", "layouts", "is_separate") if getattr(self, name)]
+        # A recipe's own prompts, classes and layouts are its grid's, and give way to the rows'.
+        given = [name for name in (*FILES, "is_separate") if getattr(self, name)]
         if given := [*given, *(["margins"] if any(self.margins) else [])]:
             raise ValueError(
                 f"{', '.join(given)} are of a grid: the rows of a file of prompts name their own in columns"

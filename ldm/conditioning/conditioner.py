@@ -82,6 +82,8 @@ class ConditioningConfig(Config):
     Stable Diffusion's upscaler). Training draws one for each row; 0 lays none."""
     layout_form: LayoutForm = added_later(LayoutForm.TOKENS)
     """How layouts are read: tokens (the paper) or boxes (one token an object, learned sooner)."""
+    layout_classes: int = added_later(0)
+    """Classes that boxes have; 0 is as many as the vocabulary has numbers for."""
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "map_classes"):
@@ -96,11 +98,22 @@ class ConditioningConfig(Config):
             num_objects(self.layout_transformer)
         if self.layout_form is LayoutForm.BOXES:
             self._check_boxes()
+        most = self.layout_transformer.vocab_size - 1 if self.has_layout else 0
+        if not 0 <= self.layout_classes <= most:
+            raise ValueError(
+                f"layout_classes, from 0 to {most}, are of the boxes that has_layout tells, got {self.layout_classes} "
+                f"and has_layout {self.has_layout}"
+            )
         if not 0 <= self.noise_levels <= MOST_LEVELS or (self.noise_levels and not self.has_low_res):
             raise ValueError(
                 f"noise_levels, from 0 to {MOST_LEVELS}, are of the small copy that has_low_res tells, "
                 f"got {self.noise_levels} and has_low_res {self.has_low_res}"
             )
+
+    @property
+    def box_numbers(self) -> int:
+        """Below which the numbers of boxes' classes lie."""
+        return self.layout_classes or self.layout_transformer.vocab_size - 1
 
     def _check_boxes(self) -> None:
         if not self.has_layout:

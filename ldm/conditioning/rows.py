@@ -85,6 +85,7 @@ class RowConditions:
         config = self.config.layout_transformer
         names = ("boxes", "size", "crop")
         boxes, size, crop = (column(batch.columns, name) for name in names)
+        _check_numbers("box's class", boxes[..., 0], self.config.box_numbers)
         tokens = layout_tokens(boxes, size, crop, config)
         return torch.where(dropped[:, None], null_layout(len(tokens), config), tokens)
 
