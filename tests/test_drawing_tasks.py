@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from jobs.command_line import from_command_line
+from jobs.wiring.picture_grid import LABEL_WIDTH, grid_picture
 from jobs.wiring.picture_settings import repeated_here, settings_of
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.sample_tasks import SampleTask, with_task
@@ -91,6 +92,13 @@ def test_an_outpainted_picture_stays_to_the_pixel_and_what_is_around_it_is_drawn
     for margins in ((0, 0, 0, 0), (4, -4, 0, 0)):
         with pytest.raises(ValueError, match="one at least above 0: got"):
             outpainted(picture, margins)
+
+
+def test_a_grid_has_a_column_of_names_only_where_a_row_has_one() -> None:
+    images = np.stack([picture_of(seed=seed) for seed in range(4)])
+    named, plain = (grid_picture(images, labels, (1.0, 2.0)) for labels in (("a", ""), ("", "")))
+    assert named.width - plain.width == LABEL_WIDTH
+    assert (np.asarray(named)[:, LABEL_WIDTH:] == np.asarray(plain)).all()
 
 
 def test_between_two_seeds_lie_noises_of_their_length_and_the_ends_are_theirs() -> None:

@@ -19,18 +19,19 @@ GAP = 6
 
 
 def grid_picture(images: Pixels, labels: Sequence[str], guidance: Sequence[float]) -> PILImage.Image:
-    """Return one picture: a row for each prompt with its text, a column for each guidance scale."""
+    """Return one picture: a row for each prompt with its text, if any has one, a column for each guidance scale."""
+    label_width = LABEL_WIDTH if any(labels) else 0
     columns, rows = len(guidance), len(labels)
     longer = max(images.shape[1:3])
     factor = min(max(longer, LEAST_CELL), LARGEST_CELL) / longer
     cell_height, cell_width = (round(side * factor) for side in images.shape[1:3])
-    width = LABEL_WIDTH + columns * (cell_width + GAP) + GAP
+    width = label_width + columns * (cell_width + GAP) + GAP
     height = HEADER + rows * (cell_height + GAP) + GAP
     canvas = PILImage.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(15)
     for column, scale in enumerate(guidance):
-        left = LABEL_WIDTH + GAP + column * (cell_width + GAP)
+        left = label_width + GAP + column * (cell_width + GAP)
         draw.text((left + cell_width / 2, HEADER / 2 + 2), f"guidance {scale:g}", "black", font, anchor="mm")
     for row, words in enumerate(labels):
         top = HEADER + row * (cell_height + GAP)
@@ -38,7 +39,7 @@ def grid_picture(images: Pixels, labels: Sequence[str], guidance: Sequence[float
         draw.multiline_text((GAP, top + cell_height / 2), label, "black", font, anchor="lm", spacing=4)
         for column in range(columns):
             image = PILImage.fromarray(np.ascontiguousarray(images[row * columns + column]))
-            left = LABEL_WIDTH + GAP + column * (cell_width + GAP)
+            left = label_width + GAP + column * (cell_width + GAP)
             canvas.paste(image.resize((cell_width, cell_height), PILImage.Resampling.LANCZOS), (left, top))
             draw.rectangle((left - 1, top - 1, left + cell_width, top + cell_height), outline="#dddddd")
     return canvas
