@@ -42,6 +42,7 @@ def draw_file(config: SampleConfig, *, dry_run: bool) -> int:
         report = run(plan)
     if report.counts.get(KEPT, 0) < sum(report.counts.values()):
         Console().print(counts_table(report.counts))
+        print(f"left out  row by row with its reason: {join(plan.root, SPLIT.value)}/*.ledger.parquet")
     print(
         f"pictures  {report.num_rows:,} in {report.num_shards} new shards, {report.num_skipped} shards already there: "
         f"{plan.root}"
