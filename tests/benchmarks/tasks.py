@@ -56,7 +56,7 @@ class TasksBenchmark(Config):
     threads: int = 2
     """CPU threads."""
     save: bool = False
-    """Write numbers and pictures beside the other results."""
+    """Write numbers and pictures beside the other results, where those of other tasks stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -94,7 +94,7 @@ def main() -> None:
     """Measure each model that is there, print the table, and write the pictures."""
     settings = tyro.cli(TasksBenchmark, description=__doc__, config=MARKERS)
     torch.set_num_threads(settings.threads)
-    record: dict[str, Any] = {"rows": settings.rows, "torch": torch.__version__}
+    record: dict[str, Any] = {}
     tasks: dict[str, Callable[[TextToImage, list[Held]], Measured]] = {
         "scenes_layout": layout,
         "scenes_map": semantic_map,
@@ -111,11 +111,14 @@ def main() -> None:
             continue
         model = load_text_to_image(folder, torch.device("cpu"))
         numbers, shown, titles = measure(model, held_out(f"{home}/dataset", settings.rows))
-        record[name] = {key: round(number, 4) for key, number in numbers.items()}
+        made_by = {"rows": settings.rows, "torch": torch.__version__}
+        record[name] = made_by | {key: round(number, 4) for key, number in numbers.items()}
         print(f"{name}: " + ", ".join(f"{key} {number:.3f}" for key, number in numbers.items()))
         sheet(shown[:SHOWN], titles).save(RESULTS / f"task-{name}.png" if settings.save else f"task-{name}.png")
     if settings.save:
-        (RESULTS / "tasks.json").write_text(json.dumps(record, indent=1) + "\n")
+        file = RESULTS / "tasks.json"
+        earlier = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(earlier | record, indent=1) + "\n")
 
 
 def layout(model: TextToImage, rows: list[Held]) -> Measured:
