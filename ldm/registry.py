@@ -37,6 +37,7 @@ from ldm.request_table import (
     pictures_in,
     request_of,
     typed_cells,
+    with_margins,
 )
 from ldm.requests import Request, draw
 from ldm.text_to_image import TextToImage, load_text_to_image
@@ -104,7 +105,9 @@ class RegisteredTextToImage(PythonModel):
             model_input: a prompt, a list of them, or a DataFrame (or the same as a dict of columns or a list of dicts)
                 with the column `prompt` and, where wanted: `negative_prompt`, `seed`, `guidance`, `steps`, `height` and
                 `width` (pixels), `init_image` (bytes of a PNG or JPEG, or base64 of them, a PIL image or uint8 array),
-                `mask` (the same; its light pixels are drawn anew) and `strength`; for models that are told them
+                `mask` (the same; its light pixels are drawn anew) and `strength`; `margins` (pixels that are drawn at
+                the left, top, right and bottom of an `init_image`); `to_prompt` and `to_seed` with a `share` from 0 to
+                1 (the picture that far on the way there from the row's own); for models that are told them
                 `class_id`, `layout` (a list of class, left, top, right, bottom in shares of the picture),
                 `semantic_map` (an integer array of the picture's size, or a picture of which a pixel's grey is its
                 class, 255 none), `small` (a picture) and `noise_level`; for large sizes `tile`. What a cell leaves
@@ -163,7 +166,8 @@ def _rows(model_input: Any) -> list[dict[str, Any]]:
 
 def _request(row: Mapping[str, Any], card: ModelCard) -> Request:
     cells = {"guidance": card.guidance, **typed_cells(row)}
-    return request_of(cells, drawing_in(cells, Drawing(sampler=card.sampler)), pictures_in(cells, encoded_picture))
+    drawing = with_margins(drawing_in(cells, Drawing(sampler=card.sampler)), cells)
+    return request_of(cells, drawing, pictures_in(cells, encoded_picture))
 
 
 def register(*, uri: str, run_id: str, name: str, folder: str, tags: Mapping[str, str]) -> RegisteredModel:

@@ -16,11 +16,23 @@ from typing import Any
 import numpy as np
 
 from ldm.drawing import Box, Drawing
-from ldm.requests import Request, fitted, fitted_map, fitted_mask, layout_from, map_from, mask_from, picture_from
+from ldm.requests import (
+    Request,
+    fitted,
+    fitted_map,
+    fitted_mask,
+    layout_from,
+    map_from,
+    mask_from,
+    outpainted,
+    picture_from,
+)
 
 PROMPT = "prompt"
-WHOLE_NUMBERS = ("seed", "steps", "height", "width", "class_id", "noise_level", "tile")
-NUMBERS = ("guidance", "strength")
+WHOLE_NUMBERS = ("seed", "steps", "height", "width", "class_id", "noise_level", "tile", "to_seed")
+NUMBERS = ("guidance", "strength", "share")
+TEXTS = ("negative_prompt", "to_prompt")
+SEEDS = ("seed", "to_seed")
 PICTURES: dict[str, Callable[[Any], Any]] = {
     "init_image": picture_from,
     "mask": mask_from,
@@ -45,6 +57,10 @@ COLUMNS = (
     "small",
     "noise_level",
     "tile",
+    "margins",
+    "to_prompt",
+    "to_seed",
+    "share",
 )
 MAX_SEED = 1 << 63
 
@@ -60,7 +76,7 @@ def typed_cells(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row's cells as they are meant, the empty ones left out but for the prompt; pictures stay as they came.
 
     Raises:
-        ValueError: if a number is none, the prompt no text, or a layout no boxes.
+        ValueError: if a number is none, the prompt no text, a layout no boxes, or margins are not four.
     """
     cells = {name: cell for name, cell in row.items() if name == PROMPT or not is_empty(cell)}
     if not isinstance(cells[PROMPT], str):
@@ -69,10 +85,13 @@ def typed_cells(row: Mapping[str, Any]) -> dict[str, Any]:
         cells[name] = _whole_number(name, cells[name])
     for name in [name for name in NUMBERS if name in cells]:
         cells[name] = _number(name, cells[name])
-    if not 0 <= cells.get("seed", 0) < MAX_SEED:
-        raise ValueError(f"a seed lies in [0, 2^63), got {cells['seed']}")
-    if "negative_prompt" in cells:
-        cells["negative_prompt"] = str(cells["negative_prompt"])
+    for name in SEEDS:
+        if not 0 <= cells.get(name, 0) < MAX_SEED:
+            raise ValueError(f"a seed lies in [0, 2^63), got {cells[name]}")
+    for name in [name for name in TEXTS if name in cells]:
+        cells[name] = str(cells[name])
+    if "margins" in cells:
+        cells["margins"] = _margins_in(cells["margins"])
     if "layout" in cells:
         cells["layout"] = layout_in(cells["layout"])
     return cells
@@ -133,24 +152,50 @@ def fitted_pictures(pictures: Mapping[str, Any], size: tuple[int, int]) -> dict[
     return {name: fitting[name](array, size) if name in fitting else array for name, array in pictures.items()}
 
 
+def with_margins(drawing: Drawing, cells: Mapping[str, Any]) -> Drawing:
+    """Return how the whole is drawn of a picture that gets margins: where the drawing names sides, they grow by them.
+
+    Raises:
+        ValueError: if a row has margins and no picture, or a mask as well.
+    """
+    if "margins" not in cells:
+        return drawing
+    if "init_image" not in cells or "mask" in cells:
+        raise ValueError("margins are drawn around an init_image, all of them anew: without it, or with a mask, none")
+    left, top, right, bottom = cells["margins"]
+    height, width = drawing.height, drawing.width
+    return replace(drawing, height=height and height + top + bottom, width=width and width + left + right)
+
+
 def request_of(cells: Mapping[str, Any], drawing: Drawing, pictures: Mapping[str, Any]) -> Request:
     """Return the request of a row that names its seed.
+
+    Args:
+        cells: as `typed_cells` gave them.
+        drawing: how the whole is drawn, margins included.
+        pictures: as `pictures_in` gave them, without the margins.
 
     Raises:
         ValueError: if its parts don't go together.
     """
+    picture, mask = pictures.get("init_image"), pictures.get("mask")
+    if picture is not None and "margins" in cells:
+        picture, mask = outpainted(picture, cells["margins"])
     return Request(
         prompt=cells[PROMPT],
         negative_prompt=cells.get("negative_prompt", ""),
         seed=cells["seed"],
         guidance=cells.get("guidance"),
         drawing=drawing,
-        picture=pictures.get("init_image"),
-        mask=pictures.get("mask"),
+        picture=picture,
+        mask=mask,
         class_id=cells.get("class_id"),
         layout=cells.get("layout"),
         semantic_map=pictures.get("semantic_map"),
         small=pictures.get("small"),
+        to_prompt=cells.get("to_prompt"),
+        to_seed=cells.get("to_seed"),
+        share=cells.get("share"),
     )
 
 
@@ -195,6 +240,15 @@ def boxes_in(text: str) -> list[list[float]]:
             f"a layout is 'CLASS LEFT TOP RIGHT BOTTOM; ...', all numbers, got {text!r}: a class's is its place in the "
             "list that the data were made with"
         ) from error
+
+
+def _margins_in(cell: Any) -> tuple[int, int, int, int]:
+    """Return the four margins of a cell: a list of them, its JSON, or "LEFT TOP RIGHT BOTTOM"."""
+    parts = cell.strip("[]() ").replace(",", " ").split() if isinstance(cell, str) else cell
+    if not isinstance(parts, list | tuple | np.ndarray) or len(parts) != 4:
+        raise ValueError(f"margins are pixels at left, top, right and bottom, got {str(cell)[:40]!r}")
+    left, top, right, bottom = (_whole_number("a margin", part) for part in parts)
+    return left, top, right, bottom
 
 
 def _whole_number(name: str, cell: Any) -> int:

@@ -20,6 +20,7 @@ from PIL import ImageOps
 
 from ldm import storage
 from ldm.drawing import Box, Drawing, Given
+from ldm.samplers.tasks import Between, Prompt, Seed
 from ldm.text_to_image import TextToImage
 
 Picture = UInt8[np.ndarray, "y x 3"]
@@ -49,6 +50,9 @@ class Request:
         layout: its boxes, (class, left, top, right, bottom), sides in shares of the picture.
         semantic_map: class of each pixel, negative for none, at the size that is drawn.
         small: the picture of which a larger one is drawn.
+        to_prompt: what the picture lies between `prompt` and; None for the prompt alone.
+        to_seed: the same of `seed`.
+        share: how far along that way it lies, from 0 to 1; None where there is none.
     """
 
     prompt: str
@@ -62,8 +66,18 @@ class Request:
     layout: tuple[Box, ...] | None = None
     semantic_map: SemanticMap | None = None
     small: Picture | None = None
+    to_prompt: str | None = None
+    to_seed: int | None = None
+    share: float | None = None
 
     def __post_init__(self) -> None:
+        if (self.share is None) != (self.to_prompt is None and self.to_seed is None):
+            raise ValueError(
+                f"{self.prompt!r} lies on a way if it names where that leads, a prompt or a seed, and its share of it: "
+                f"got to_prompt {self.to_prompt!r}, to_seed {self.to_seed}, share {self.share}"
+            )
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise ValueError(f"a share of the way lies in [0, 1], got {self.share:g}")
         if self.mask is not None and self.picture is None:
             raise ValueError(f"the mask of {self.prompt!r} needs a picture that it lies over")
         if self.mask is not None and self.picture is not None and self.mask.shape != self.picture.shape[:2]:
@@ -71,6 +85,20 @@ class Request:
                 f"the mask of {self.prompt!r} has {_sides(self.mask)}, its picture {_sides(self.picture)}: "
                 "they must be equal"
             )
+
+    @property
+    def words(self) -> Prompt:
+        """The prompt, or the place between two."""
+        if self.to_prompt is None or self.share is None:
+            return self.prompt
+        return Between(self.prompt, self.to_prompt, self.share)
+
+    @property
+    def noise(self) -> Seed:
+        """The seed, or the place between two."""
+        if self.to_seed is None or self.share is None:
+            return self.seed
+        return Between(self.seed, self.to_seed, self.share)
 
     def drawing_of(self, model: TextToImage) -> Drawing:
         """Return how a model draws it, its size included."""
@@ -93,7 +121,8 @@ class Request:
 
     def kind(self) -> tuple[object, ...]:
         """Return what requests of one batch have in common, beside how they are drawn."""
-        return (*sorted(self.given()), None if self.small is None else self.small.shape)
+        ways = (self.to_prompt is None, self.to_seed is None)
+        return (*sorted(self.given()), None if self.small is None else self.small.shape, *ways)
 
 
 def draw(
@@ -148,8 +177,8 @@ def draw_together(
     filled = [*requests, *[requests[-1]] * (num_rows - len(requests))]
     own = model.card.guidance
     pictures = model.generate(
-        [request.prompt for request in filled],
-        seeds=[request.seed for request in filled],
+        [request.words for request in filled],
+        seeds=[request.noise for request in filled],
         guidance=[own if request.guidance is None else request.guidance for request in filled],
         negative_prompts=[request.negative_prompt for request in filled],
         drawing=drawing,

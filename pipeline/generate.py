@@ -49,6 +49,8 @@ from pipeline.store.schema import JSON, Reject, Row, json_text, key_of
 from pipeline.store.shards import write_shard
 
 NUM_BATCHES_AHEAD = 1
+NUM_CUT = "num_cut_prompts"
+"""Rows with words beyond those that the model reads."""
 SEED_DIGITS = 8
 """Hex digits of a seed that is drawn for a row."""
 
@@ -131,9 +133,8 @@ class GenerateStage:
             ValueError: if the model of the given digest is not there any more.
         """
         self.config = config
-        self._model = load_text_to_image(
-            find_model(config.model, config.model_digest), torch_device(config.bulk.device)
-        )
+        folder = find_model(config.model, config.model_digest)
+        self._model = load_text_to_image(folder, torch_device(config.bulk.device))
         self._sizes = ModelSizes(trained=self._model.trained_size, multiple=self._model.multiple)
         self._table = prompt_table(config, self._model.card.conditioning)
         self._settings = settings_digest(config)
@@ -172,8 +173,13 @@ class GenerateStage:
             files=files,
             counts=dict(sorted(counts.items())),
             source=task.source_digest,
-            details={"first_row": planned.first, "num_source_rows": len(rows)},
+            details={"first_row": planned.first, "num_source_rows": len(rows), NUM_CUT: sum(map(self._is_cut, rows))},
         )
+
+    def _is_cut(self, row: PromptRow) -> bool:
+        """Say whether a row has words that are not read, since the model reads so many only."""
+        words = [row.cells.get(name, "") for name in ("prompt", "to_prompt", "negative_prompt")]
+        return row.reject is None and any(self._model.is_cut(text) for text in words if text)
 
     def _asked(self, rows: Sequence[PromptRow], repeats: Sequence[int]) -> Iterator[Asked]:
         """Yield every picture that rows ask for."""
@@ -209,7 +215,7 @@ class GenerateStage:
         """
         waiting: dict[tuple[object, ...], list[tuple[Asked, Request | Reject]]] = {}
         for one in asked:
-            request = self._admission.request(one.row, one.seed)
+            request = self._admission.request(one.row, one.seed, one.number)
             request = self._let_through(request)
             if isinstance(request, Reject):
                 yield [(one, request)]
@@ -260,8 +266,9 @@ class GenerateStage:
         if isinstance(request, Reject):
             return request
         assert request.drawing is not None
-        if reason := self._safety.refused([request.prompt])[0]:
-            return Reject(REFUSED_PROMPT, reason)
+        words = [request.prompt] if request.to_prompt is None else [request.prompt, request.to_prompt]
+        if reasons := [reason for reason in self._safety.refused(words) if reason]:
+            return Reject(REFUSED_PROMPT, reasons[0])
         try:
             self._safety.check_size(request.drawing.height, request.drawing.width)
         except ValueError as error:
@@ -309,12 +316,13 @@ class GenerateStage:
         }
         pictures = {
             name: {
-                "address": cells[name] if isinstance(cells[name], str) and not cells[name].startswith("data:") else "",
+                "address": _address(cells.get(name)),
                 "pixel_sha256": hashlib.sha256(array.tobytes()).hexdigest(),
             }
             for name, array in arrays.items()
             if array is not None
         }
+        way = {name: getattr(request, name) for name in ("to_prompt", "to_seed", "share")}
         return {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -326,6 +334,8 @@ class GenerateStage:
             "height": drawing.height,
             "class_id": request.class_id,
             "layout": request.layout,
+            **{name: said for name, said in way.items() if said is not None},
+            **{name: cells[name] for name in ("margins",) if name in cells},
             "pictures": pictures,
             "model": self.config.model_digest,
             "safety": self.config.safety.without_key().to_dict(),
@@ -335,6 +345,10 @@ class GenerateStage:
             "image": asked.number,
             "carried": dict(asked.row.carried),
         }
+
+
+def _address(cell: Any) -> str:
+    return cell if isinstance(cell, str) and not cell.startswith("data:") else ""
 
 
 def settings_digest(config: GenerateConfig) -> str:

@@ -19,7 +19,7 @@ from ldm.model_sizes import ModelSizes, model_sizes
 from ldm.request_table import PROMPT
 from ldm.storage import join, list_names, remove_file
 from pipeline.encoder import torch_device
-from pipeline.generate import GenerateStage, RowRange, deciding
+from pipeline.generate import NUM_CUT, GenerateStage, RowRange, deciding
 from pipeline.generate_config import GenerateConfig
 from pipeline.latent_config import Device
 from pipeline.plan import Plan, Resources, ShardTask, missing
@@ -89,7 +89,8 @@ def identified(config: GenerateConfig) -> GenerateConfig:
 
 def summarize(records: Sequence[ShardRecord], *, num_prompts: int) -> dict[str, JSON]:
     """Return the manifest's summary: rows that went in, and pictures by what became of them."""
-    return {"num_prompts": num_prompts, "counts": count_by_split(records)}
+    num_cut = sum(int(record.details.get(NUM_CUT, 0)) for record in records)
+    return {"num_prompts": num_prompts, NUM_CUT: num_cut, "counts": count_by_split(records)}
 
 
 def verify_generated(config: GenerateConfig) -> Verification:
@@ -194,6 +195,7 @@ def _check_rows(survey: Survey, config: GenerateConfig, told: ConditioningConfig
     counts = ", ".join(f"{reason} {count}" for reason, count in survey.rejects.items())
     if not num_drawable:
         raise ValueError(f"none of the {survey.num_rows} rows of {config.prompts} can be drawn: {counts}")
+    given = {**survey.filled, "mask": survey.filled.get("mask", 0) + survey.filled.get("margins", 0)}
     needed = {
         "class_id": told.num_classes > 0,
         "layout": told.has_layout,
@@ -203,7 +205,7 @@ def _check_rows(survey: Survey, config: GenerateConfig, told: ConditioningConfig
     }
     if survey.rejects:
         logger.warning("rows of %s that can't be drawn: %s", config.prompts, counts)
-    if lacking := [name for name, is_needed in needed.items() if is_needed and not survey.filled.get(name)]:
+    if lacking := [name for name, is_needed in needed.items() if is_needed and not given.get(name)]:
         raise ValueError(f"the model is told {', '.join(lacking)}, and no row of {config.prompts} has that column")
     idle = [name for name in needed if name != "mask" and not needed[name] and survey.filled.get(name) == num_drawable]
     if idle:

@@ -16,7 +16,7 @@ import numpy as np
 from ldm.conditioning.conditioner import ConditioningConfig, TextUse
 from ldm.drawing import Drawing, Given, check_strength, check_tile, check_told, checked_size
 from ldm.model_sizes import ModelSizes
-from ldm.request_table import drawing_in, fitted_pictures, pictures_in, request_of
+from ldm.request_table import drawing_in, fitted_pictures, pictures_in, request_of, with_margins
 from ldm.requests import Request, given_together
 from ldm.storage import join
 from pipeline.generate_config import GenerateConfig
@@ -59,23 +59,35 @@ class Admission:
     guidance: float
     max_pixels: int
 
-    def request(self, row: PromptRow, seed: int) -> Request | Reject:
-        """Return what is drawn for a row with a seed; its drawing has whole sides, its pictures have them too."""
+    def request(self, row: PromptRow, seed: int, number: int = 0) -> Request | Reject:
+        """Return what is drawn for a row; its drawing has whole sides, its pictures have them too.
+
+        Args:
+            row: what it says.
+            seed: of this picture.
+            number: of the row's pictures before this one, by which the seed at the end of a way counts on too.
+        """
         if row.reject is not None:
             return row.reject
         cells = {"negative_prompt": self.negative_prompt, "guidance": self.guidance, **row.cells, "seed": seed}
-        drawing = _kept(BAD_CELL, lambda: self._sized(drawing_in(cells, self.drawing)))
+        if "to_seed" in cells:
+            cells["to_seed"] += number
+        inner = _kept(BAD_CELL, lambda: self._sized(drawing_in(cells, self.drawing)))
+        if isinstance(inner, Reject):
+            return inner
+        drawing = _kept(NOT_DRAWABLE, lambda: with_margins(inner, cells))
         if isinstance(drawing, Reject):
             return drawing
-        size = (drawing.height, drawing.width)
-        if size[0] * size[1] > self.max_pixels:
+        if drawing.height * drawing.width > self.max_pixels:
             return Reject(BAD_SIZE, f"at most {self.max_pixels:,} pixels are drawn, see bulk.max_pixels")
         refused = _kept(BAD_SIZE, lambda: checked_size(drawing, Given(), self.sizes.trained, self.sizes.multiple))
         if isinstance(refused, Reject):
             return refused
         pictures = _kept(
             BAD_PICTURE,
-            lambda: fitted_pictures(pictures_in(cells, lambda cell: picture_beside(cell, row.folder)), size),
+            lambda: fitted_pictures(
+                pictures_in(cells, lambda cell: picture_beside(cell, row.folder)), (inner.height, inner.width)
+            ),
         )
         if isinstance(pictures, Reject):
             return pictures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from jobs.wiring.picture_settings import repeated_here, settings_of
 from jobs.wiring.sample import SampleConfig
 from jobs.wiring.sample_tasks import SampleTask, with_task
 from ldm.drawing import Given
-from ldm.requests import outpainted
+from ldm.registry import requests_of
+from ldm.requests import draw, outpainted
 from ldm.safety import SafetyConfig
 from ldm.samplers.sample import initial_noise, step_noise
 from ldm.samplers.tasks import Between, seeded_noise
@@ -25,7 +27,7 @@ from ldm.samplers.tiles import tiled_network
 from ldm.text_to_image import TextToImage
 from ldm.types import Condition
 from ldm.watermark import detect
-from tests.test_drawing import DRAWING, SAMPLER, config_of, drawn, folder, model, picture_of
+from tests.test_drawing import DRAWING, SAMPLER, config_of, drawn, folder, model, picture_of, png_of
 
 __all__ = ["folder", "model"]  # fixtures: a small trained model
 
@@ -127,6 +129,42 @@ def test_the_way_between_two_prompts_begins_and_ends_with_their_own_pictures(mod
     assert np.abs(found[-1] - plain[1]).max() <= 1
     whole = np.abs(found[0] - found[-1]).mean()
     assert all(0 < np.abs(one - other).mean() < whole for one, other in zip(found, found[1:], strict=False))
+
+
+def test_a_served_table_asks_for_places_on_a_way_and_for_margins(model: TextToImage) -> None:
+    picture = picture_of()
+    encoded = base64.b64encode(png_of(PILImage.fromarray(picture))).decode()
+    table = {
+        "prompt": ["red", "red", "red"],
+        "seed": [1, 1, 4],
+        "steps": [SAMPLER.num_steps] * 3,
+        "guidance": [3.0] * 3,
+        "to_prompt": ["a blue square", None, None],
+        "to_seed": [2, 2, None],
+        "share": [0.5, 1, None],
+        "init_image": [None, None, encoded],
+        "margins": [None, None, [0, 0, 8, 0]],
+    }
+    requests = requests_of(table, {}, model.card)
+    both, seed_only, wider = draw(model, requests)
+    ways = [Between("red", "a blue square", 0.5)], [Between(1, 2, 0.5)]
+    drawing = replace(DRAWING, sampler=SAMPLER)
+    assert (both == model.generate(ways[0], seeds=ways[1], guidance=[3.0], drawing=drawing)[0]).all()
+    last = model.generate(["red"], seeds=[2], guidance=[3.0], drawing=drawing)[0].astype(int)
+    assert np.abs(seed_only - last).max() <= 1
+    assert wider.shape == (picture.shape[0], picture.shape[1] + 8, 3)
+    assert (wider[:, : picture.shape[1]] == picture).all()
+    for wrong, message in (
+        ({"prompt": ["red"], "share": [0.5]}, "lies on a way if it names where that leads"),
+        ({"prompt": ["red"], "to_seed": [3]}, "got to_prompt None, to_seed 3, share None"),
+        ({"prompt": ["red"], "to_seed": [3], "share": [1.5]}, r"a share of the way lies in \[0, 1\], got 1.5"),
+        ({"prompt": ["red"], "to_seed": [-3], "share": [0.5]}, "a seed lies in"),
+        ({"prompt": ["red"], "margins": [[0, 0, 8, 0]]}, "margins are drawn around an init_image"),
+        ({"prompt": ["red"], "init_image": [encoded], "margins": [8]}, "margins are pixels at left, top, right"),
+        ({"prompt": ["red"], "init_image": [encoded], "margins": [[0, 0, 0, 0]]}, "one at least above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            requests_of(wrong, {}, model.card)
 
 
 @pytest.mark.parametrize("is_separate", [False, True])

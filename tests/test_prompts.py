@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 
 from ldm.drawing import Drawing, Given
 from ldm.samplers.sample import SamplerConfig
+from ldm.samplers.tasks import Between
 from ldm.text_to_image import TextToImage
 from pipeline.generate_config import GenerateConfig
 from pipeline.generate_plan import cut_rows, plan_generate, verify_generated
@@ -198,6 +199,41 @@ def test_rows_begin_with_pictures_beside_the_file_or_inside_it(
         given=Given(pixels=np.stack([cut] * BATCH), masks=np.stack([inside] * BATCH)),
     )
     assert (alone[0] == pictures[0]).all()
+
+
+def test_rows_ask_for_places_on_a_way_and_for_margins_around_a_picture(
+    model: Path, loaded: TextToImage, tmp_path: Path
+) -> None:
+    picture = picture_of(2)
+    (tmp_path / "picture.png").write_bytes(png_of(picture))
+    way = {"prompt": "red", "seed": 3, "to_prompt": "a blue square", "to_seed": 9}
+    wider = {"prompt": "red", "seed": 4, "init_image": "picture.png", "margins": "4 0 8 4"}
+    unmeant = {**way, "share": 2.0}, way, {"prompt": "red", "margins": "0 0 8 0"}, {**wider, "margins": "8"}
+    file = write_table(tmp_path / "p.csv", [{**way, "share": 0.25}, wider, *unmeant])
+    config, manifest = drawn_file(model, file, tmp_path / "generated", images_per_prompt=2)
+    assert manifest.summary["counts"]["train"] == {"ok": 4, "not_drawable": 6, "bad_cell": 2}
+    drawn = {key: decode_pixels(row["png"]) for key, row in rows_of(root_of(config)).items()}
+    found = {(row["image"], row["width"]): (row, drawn[key]) for key, row in facts_of(root_of(config)).items()}
+    for number in (0, 1):
+        row, pixels = found[number, SIZE]
+        assert (row["to_prompt"], row["to_seed"], row["share"]) == ("a blue square", 9 + number, 0.25)
+        alone = loaded.generate(
+            [Between("red", "a blue square", 0.25)] * BATCH,
+            seeds=[Between(3 + number, 9 + number, 0.25)] * BATCH,
+            guidance=[3.0] * BATCH,
+            drawing=DRAWING,
+        )
+        assert (pixels == alone[0]).all()
+        _, whole = found[number, SIZE + 12]
+        assert whole.shape == (SIZE + 4, SIZE + 12, 3)
+        assert (whole[:SIZE, 4 : 4 + SIZE] == picture).all()
+
+
+def test_rows_with_more_words_than_are_read_are_counted(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "red"}, {"prompt": "red " * 200}, {"prompt": "red", "negative_prompt": "blue " * 200}]
+    _, manifest = drawn_file(model, write_table(tmp_path / "p.jsonl", rows), tmp_path / "generated")
+    assert manifest.summary["num_cut_prompts"] == 2
+    assert manifest.summary["counts"]["train"] == {"ok": 3}
 
 
 def test_columns_that_nobody_knows_are_refused_unless_they_are_carried(model: Path, tmp_path: Path) -> None:

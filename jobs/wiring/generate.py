@@ -12,6 +12,7 @@ from jobs.wiring.data_runs import is_published, publish_report
 from jobs.wiring.sample import SampleConfig
 from ldm.storage import exists, join
 from pipeline.contact_sheet import SHEET_NAME, write_contact_sheet
+from pipeline.generate import NUM_CUT
 from pipeline.generate_config import GenerateConfig
 from pipeline.generate_plan import SPLIT, plan_generate, verify_generated
 from pipeline.plan import describe, missing
@@ -43,6 +44,8 @@ def draw_file(config: SampleConfig, *, dry_run: bool) -> int:
     if report.counts.get(KEPT, 0) < sum(report.counts.values()):
         Console().print(counts_table(report.counts))
         print(f"left out  row by row with its reason: {join(plan.root, SPLIT.value)}/*.ledger.parquet")
+    if num_cut := report.manifest.summary.get(NUM_CUT):
+        print(f"cut       {num_cut:,} rows have more words than the model reads: what is beyond was not looked at")
     print(
         f"pictures  {report.num_rows:,} in {report.num_shards} new shards, {report.num_skipped} shards already there: "
         f"{plan.root}"
