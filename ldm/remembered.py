@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
-from torch._dynamo import OptimizedModule
 
+COMPILED = "_orig_mod"
+"""Part of a compiled module that is the plain one; to import the compiler for its class takes two seconds."""
 MOST_INPUTS = 2
 """Inputs that are remembered: a batch's condition, and the same with what guidance leads away from."""
 
@@ -60,7 +61,7 @@ def steps_share(network: object) -> Iterator[None]:
         network: any callable; what is no module, is compiled or has no such part is left alone. Its weights must not
             change.
     """
-    inside = () if not isinstance(network, nn.Module) or isinstance(network, OptimizedModule) else network.modules()
+    inside = () if not isinstance(network, nn.Module) or hasattr(network, COMPILED) else network.modules()
     parts = [part for part in inside if isinstance(part, Remembering)]
     for part in parts:
         part.memory = Remembered()

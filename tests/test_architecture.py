@@ -56,6 +56,8 @@ HOMES = {
     "transformers": {"ldm/conditioning/text.py"},
     "lpips": {"ldm/losses/perceptual.py"},
     "webdataset": {"pipeline/store/shards.py"},
+    # torch imports the compiler where it is asked to compile; every process would wait two seconds for it at its start.
+    "torch._dynamo": set(),
     "fsspec": {"ldm/storage.py"},
     "s3fs": {"ldm/storage.py"},
     "diffusers": set(),

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,99 +22,22 @@ from PIL import Image
 
 from ldm.interop.weights import load_weights
 from tests.servers import ray_cluster, ray_that_runs
+from tests.started_jobs import (
+    FOLDERS,
+    HOUSE,
+    MAKING,
+    ORDER,
+    SMALL,
+    STOPPED_BY,
+    command,
+    finish,
+    kill_after_line,
+    kill_when,
+    stop_when,
+)
 
-HOUSE = Path(__file__).parents[1]
 # A dozen real jobs stand behind the first test of each fixture.
 pytestmark = pytest.mark.timeout(1800)
-SMALL = {
-    "shard_dataset": "--picture.image-size 32 --source.max-labels 160 --source.rows-per-shard 40",
-    "train_autoencoder": (
-        "--loop.total-samples 256 --loop.checkpoint-every 32 --loop.validate-every 0 --loop.log-every 64 "
-        "--loss.adversarial-start 64 --autoencoder.base-channels 8 --optim.warmup-samples 0 --batch-size 16"
-    ),
-    "precompute_latents": "--image-size 32 --gate.min-psnr 0",
-    "train_ldm": (
-        "--loop.total-samples 256 --loop.checkpoint-every 32 --loop.validate-every 128 --loop.log-every 32 "
-        "--loop.picture-every 0 --unet.base-channels 32 --batch-size 16 --optim.warmup-samples 0"
-    ),
-    "evaluate": (
-        "--protocol.num-images 8 --protocol.image-size 32 --protocol.sampler.num-steps 2 --gate.min-psnr-db 0 "
-        "--launch.where here"
-    ),
-    "sample": "--prompts heart star --guidance 1 3 --sampler.num-steps 4 --launch.where here",
-}
-ORDER = tuple(SMALL)
-FOLDERS = ("dataset", "autoencoder", "latents", "ldm")
-"""What the first jobs make, in their order."""
-STOPPED_BY = {"train_ldm": signal.SIGINT, "train_autoencoder": signal.SIGTERM}
-"""How the trainings are stopped before they are killed: Ctrl-C, and the notice before a machine is taken away."""
-
-
-def command(job: str, home: Path, *more: str) -> list[str]:
-    own = ["--autoencoder", f"{home}/autoencoder/model"] if job in ("precompute_latents", "train_ldm") else []
-    return [sys.executable, "-m", f"jobs.{job}", "emoji", "--home", str(home), *own, *SMALL[job].split(), *more]
-
-
-def start(job: str, home: Path, *more: str, ray_address: str = "") -> subprocess.Popen[str]:
-    """Start a job on a Ray that runs, or with one of its own."""
-    return subprocess.Popen(
-        command(job, home, *more),
-        cwd=HOUSE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "RAY_ADDRESS": ray_address},
-        start_new_session=True,
-        # A shell that started these tests in the background made them, and their children, deaf to Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def finish(job: str, home: Path, ray_address: str = "") -> str:
-    """Run a job to its end and return what it printed."""
-    process = start(job, home, ray_address=ray_address)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
-    return output
-
-
-def kill_when(job: str, home: Path, is_time: Callable[[], bool]) -> None:
-    """Start a job and kill it without warning as soon as `is_time` says so."""
-    process = start(job, home)
-    deadline = time.monotonic() + 200
-    while not is_time():
-        assert process.poll() is None, f"{job} ended before it could be killed: {process.communicate()[0]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def kill_after_line(job: str, home: Path, begins: str) -> None:
-    """Start a job and kill it without warning as soon as it prints a line that begins so."""
-    process = start(job, home)
-    assert process.stdout is not None
-    printed: list[str] = []
-    for line in process.stdout:
-        printed.append(line)
-        if line.startswith(begins):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return
-    raise AssertionError(f"{job} never printed {begins!r}: {printed}")
-
-
-def stop_when(
-    job: str, home: Path, is_time: Callable[[], bool], *more: str, by: signal.Signals = signal.SIGINT
-) -> tuple[int, str]:
-    """Start a job and press Ctrl-C, or terminate it, as soon as `is_time` says so; return its exit code and output."""
-    process = start(job, home, *more)
-    while not is_time():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    process.send_signal(by)
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -154,20 +75,25 @@ class Story:
     checkpoints: tuple[str, ...] = ()
 
 
+def home_with_inputs(job: str, whole: Path, folders: pytest.TempPathFactory) -> Path:
+    """Return a new home with what the jobs before this one made."""
+    home = folders.mktemp(job)
+    for name in FOLDERS[: min(ORDER.index(job), 3)]:
+        (home / name).symlink_to(whole / name)
+    if job not in MAKING:  # these write beside the model
+        for name in ("ldm", "records"):
+            shutil.copytree(whole / name, home / name, ignore=shutil.ignore_patterns("evaluation.json"))
+        shutil.copy(whole / "mlflow.db", home)
+    return home
+
+
 @pytest.fixture(scope="module")
 def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
-    """Every job on the inputs of the unbroken ones, killed once without warning with its Ray, and started again.
+    """Every job that makes data or weights, killed once without warning with its Ray, and started again.
 
     Two at a time, for most of their time is starting.
     """
-    homes = {job: tmp_path_factory.mktemp(job) for job in ORDER}
-    for number, job in enumerate(ORDER):
-        for name in FOLDERS[: min(number, 3)]:
-            (homes[job] / name).symlink_to(unbroken[0] / name)
-    for job in ORDER[4:]:  # these write beside the model
-        for name in ("ldm", "records"):
-            shutil.copytree(unbroken[0] / name, homes[job] / name, ignore=shutil.ignore_patterns("evaluation.json"))
-        shutil.copy(unbroken[0] / "mlflow.db", homes[job])
+    homes = {job: home_with_inputs(job, unbroken[0], tmp_path_factory) for job in MAKING}
     moments = {
         "shard_dataset": has_any(homes["shard_dataset"], "dataset/*/*.record.json"),
         "train_autoencoder": lambda: len(list(homes["train_autoencoder"].glob("autoencoder/checkpoints/0*"))) > 1,
@@ -177,10 +103,6 @@ def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFacto
 
     def interrupted(job: str, address: str) -> Story:
         story = Story(homes[job])
-        if job not in moments:
-            kill_after_line(job, story.home, f"{job}: starting")
-            finish(job, story.home)
-            return story
         if job in STOPPED_BY:
             # No checkpoint falls due: what is there afterwards was saved because of the signal.
             part = "ldm" if job == "train_ldm" else "autoencoder"
@@ -195,7 +117,7 @@ def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFacto
         return story
 
     with ray_that_runs(4) as address, ThreadPoolExecutor(2) as threads:
-        longest_first = ("train_ldm", "train_autoencoder", "precompute_latents", "shard_dataset", "evaluate", "sample")
+        longest_first = ("train_ldm", "train_autoencoder", "precompute_latents", "shard_dataset")
         stories = threads.map(partial(interrupted, address=address), longest_first)
         return dict(zip(longest_first, stories, strict=True))
 
@@ -217,18 +139,28 @@ def test_a_training_killed_and_started_again_gives_the_same_weights_bit_for_bit(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def killed_at_its_start(job: str, whole: Path, folders: pytest.TempPathFactory) -> Path:
+    """Run a job that keeps nothing on its way, killed as it begins and started again; return its home."""
+    home = home_with_inputs(job, whole, folders)
+    kill_after_line(job, home, f"{job}: starting")
+    finish(job, home)
+    return home
+
+
+@pytest.mark.slow
 def test_an_evaluation_killed_and_started_again_gives_the_same_figures(
-    unbroken: tuple[Path, object], broken: dict[str, Story]
+    unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    homes = (unbroken[0], broken["evaluate"].home)
+    homes = (unbroken[0], killed_at_its_start("evaluate", unbroken[0], tmp_path_factory))
     reports = [json.loads((home / "ldm" / "evaluation.json").read_text()) for home in homes]
     assert reports[0] == reports[1]
 
 
+@pytest.mark.slow
 def test_a_sampling_killed_and_started_again_gives_the_same_pixels(
-    unbroken: tuple[Path, object], broken: dict[str, Story]
+    unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    homes = (unbroken[0], broken["sample"].home)
+    homes = (unbroken[0], killed_at_its_start("sample", unbroken[0], tmp_path_factory))
     pictures = [Image.open(next((home / "samples").glob("grid-*.png"))) for home in homes]
     assert pictures[0].tobytes() == pictures[1].tobytes()
     names = [sorted(path.name for path in (home / "samples").iterdir()) for home in homes]
