@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ldm.diffusion.schedule import Schedule, ScheduleConfig, ScheduleKind, betas
+from ldm.diffusion.schedule import CLEAN_TIMESTEP, Schedule, ScheduleConfig, ScheduleKind, betas
 
 PEERS = {
     ScheduleKind.SCALED_LINEAR: "scaled_linear",
@@ -104,3 +104,20 @@ def test_scales_of_half_precision_timesteps_are_refused():
 def test_scales_at_beyond_the_schedule_is_refused():
     with pytest.raises(ValueError, match="1000"):
         schedule_of().scales_at(1000.0)
+
+
+@pytest.mark.parametrize("kind", [ScheduleKind.SCALED_LINEAR, ScheduleKind.FLOW])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_times_of_a_whole_path_have_the_scales_that_each_has_alone(kind: ScheduleKind, dtype: torch.dtype) -> None:
+    schedule = Schedule(ScheduleConfig(kind=kind))
+    times = [999.0, 500.25, 3.0, CLEAN_TIMESTEP]
+    rows = schedule.rows_along(times, torch.zeros(3, 4, 2, 2, dtype=dtype))
+    for time, row in zip(times, rows, strict=True):
+        assert row.tolist() == [time] * 3
+        assert row.dtype is dtype
+        found, alone = schedule.scales(row), schedule.scales(row.clone())
+        assert found is schedule.scales(row)
+        assert torch.equal(found.alpha, alone.alpha)
+        assert torch.equal(found.sigma, alone.sigma)
+    del row, rows
+    assert len(schedule._known) == 0

@@ -21,6 +21,7 @@ from enum import StrEnum
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm.config import Config, added_later
 
@@ -119,6 +120,7 @@ class Schedule:
         self.log_snr = log_snr_table(config)
         finite = self.log_snr.clamp(min=LEAST_LOG_SNR) if config.ends_without_signal else self.log_snr
         self._finite = {finite.device: finite}
+        self._known = WeakIdKeyDictionary()
 
     @property
     def num_timesteps(self) -> int:
@@ -132,6 +134,9 @@ class Schedule:
             timestep: float32 or float64, in [0, num_timesteps); negative means clean. Half precision can't tell
                 neighbouring timesteps apart and is refused.
         """
+        known: Scales | None = self._known.get(timestep)
+        if known is not None:
+            return known
         if timestep.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"timesteps must be float32 or float64, got {timestep.dtype}")
         at = self._scales_of(self.log_snr_at(timestep)[:, None, None, None])
@@ -148,6 +153,20 @@ class Schedule:
             raise ValueError(f"timestep {beyond[0]} lies beyond the schedule's {self.num_timesteps}")
         whole = self._scales_of(self.log_snr_at(torch.tensor(timesteps, dtype=torch.float64)))
         return [Scales(alpha, sigma) for alpha, sigma in zip(whole.alpha, whole.sigma, strict=True)]
+
+    def rows_along(self, timesteps: Sequence[float], like: Float[Tensor, "b ..."]) -> list[Float[Tensor, " b"]]:
+        """Return each of several times for the rows of a tensor; `scales` has computed all of theirs at once.
+
+        It knows them again as long as they are, as these very tensors.
+        """
+        dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+        times = torch.tensor(timesteps, dtype=dtype, device=like.device)[:, None].repeat(1, len(like))
+        at = self.scales(times.flatten())
+        parts = [part.reshape(*times.shape, 1, 1, 1).unbind() for part in (at.alpha, at.sigma)]
+        rows = list(times.unbind())
+        for row, alpha, sigma in zip(rows, *parts, strict=True):
+            self._known[row] = Scales(alpha, sigma)
+        return rows
 
     def log_snr_at(self, timestep: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Return log(alpha^2 / sigma^2) at each time, float64, linear between whole timesteps; infinite where clean."""

@@ -101,18 +101,18 @@ def follow(
     stepper = STEPPERS[config.stepper]
     marks = [float(time) for time in times]
     # Scales as numbers in float64: exact, and nothing is copied to the device or waited for.
-    scales = schedule.scales_along(marks)
+    scales, rows = schedule.scales_along(marks), schedule.rows_along(marks, noisy)
     past: tuple[Past, ...] = ()
     for index in range(len(marks) - 1):
-        clean = denoise(noisy, _rows_at(marks[index], noisy))
+        clean = denoise(noisy, rows[index])
         step = Step(
             noisy=noisy,
             clean=clean,
             now=scales[index],
             then=scales[index + 1],
             past=past,
-            denoise_then=partial(_denoise_at, denoise, marks[index + 1]),
-            between=partial(_between, denoise, schedule),
+            denoise_then=partial(_denoise_at, denoise, rows[index + 1]),
+            between=partial(_between, denoise, schedule, noisy),
             draw_noise=partial(_noise_like, draw_noise, index, noisy),
             eta=config.eta,
         )
@@ -143,19 +143,15 @@ def step_noise(seed: int, samples: Sequence[int], shape: tuple[int, int, int]) -
     return draw
 
 
-def _rows_at(time: float, like: Latent) -> Tensor:
-    precision = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return torch.full((like.shape[0],), time, dtype=precision, device=like.device)
+def _denoise_at(denoise: Denoiser, timestep: Float[Tensor, " b"], noisy: Latent) -> Latent:
+    return denoise(noisy, timestep)
 
 
-def _denoise_at(denoise: Denoiser, time: float, noisy: Latent) -> Latent:
-    return denoise(noisy, _rows_at(time, noisy))
-
-
-def _between(denoise: Denoiser, schedule: Schedule, half_log_snr: float) -> Between:
+def _between(denoise: Denoiser, schedule: Schedule, like: Latent, half_log_snr: float) -> Between:
     """Return the time at which log(alpha / sigma) has a value."""
     time = float(schedule.timestep_at(torch.tensor([2 * half_log_snr], dtype=torch.float64)))
-    return Between(at=schedule.scales_at(time), denoise=partial(_denoise_at, denoise, time))
+    (rows,) = schedule.rows_along([time], like)
+    return Between(at=schedule.scales_at(time), denoise=partial(_denoise_at, denoise, rows))
 
 
 def _noise_like(draw_noise: DrawNoise, step: int, like: Latent) -> Latent:

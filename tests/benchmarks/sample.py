@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextModel
+from transformers.utils import logging as transformers_logging
 
 from ldm.autoencoder import zoo as autoencoders
 from ldm.autoencoder.model import Autoencoder, AutoencoderConfig
@@ -247,5 +250,14 @@ def peak_memory(work: Work, settings: PairSettings, side: str, folder: str) -> f
     return float(said.stdout.strip().splitlines()[-1])
 
 
+def quiet() -> None:
+    """Keep the libraries' progress bars and advice out of the table."""
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)
+
+
 if __name__ == "__main__":
+    quiet()
     run("sample", __doc__ or "", 1.15, CPU_WORKS, GPU_WORKS, measured)
