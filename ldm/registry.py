@@ -106,8 +106,9 @@ class RegisteredTextToImage(PythonModel):
                 with the column `prompt` and, where wanted: `negative_prompt`, `seed`, `guidance`, `steps`, `height` and
                 `width` (pixels), `init_image` (bytes of a PNG or JPEG, or base64 of them, a PIL image or uint8 array),
                 `mask` (the same; its light pixels are drawn anew) and `strength`; `margins` (pixels that are drawn at
-                the left, top, right and bottom of an `init_image`); `to_prompt` and `to_seed` with a `share` from 0 to
-                1 (the picture that far on the way there from the row's own); for models that are told them
+                the left, top, right and bottom of an `init_image`, beside its own rows and columns); `to_prompt` and
+                `to_seed` with a `share` from 0 to 1 (the picture that far on the way there from the row's own); for
+                models that are told them
                 `class_id`, `layout` (a list of class, left, top, right, bottom in shares of the picture),
                 `semantic_map` (an integer array of the picture's size, or a picture of which a pixel's grey is its
                 class, 255 none), `small` (a picture) and `noise_level`; for large sizes `tile`. What a cell leaves

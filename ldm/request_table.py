@@ -18,6 +18,7 @@ import numpy as np
 from ldm.drawing import Box, Drawing
 from ldm.requests import (
     Request,
+    check_way,
     fitted,
     fitted_map,
     fitted_mask,
@@ -63,6 +64,8 @@ COLUMNS = (
     "share",
 )
 MAX_SEED = 1 << 63
+MAX_MARGIN = 1 << 14
+"""Pixels; a table from anyone could ask for more than the memory holds."""
 
 
 def is_empty(cell: Any) -> bool:
@@ -92,6 +95,7 @@ def typed_cells(row: Mapping[str, Any]) -> dict[str, Any]:
         cells[name] = str(cells[name])
     if "margins" in cells:
         cells["margins"] = _margins_in(cells["margins"])
+    check_way(cells.get("to_prompt"), cells.get("to_seed"), cells.get("share"))
     if "layout" in cells:
         cells["layout"] = layout_in(cells["layout"])
     return cells
@@ -133,8 +137,13 @@ def pictures_in(cells: Mapping[str, Any], opened: Callable[[Any], Any]) -> dict[
     return found
 
 
-def fitted_pictures(pictures: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """Return pictures at the rows and columns that are drawn, cut as `jobs/sample.py` cuts them; small ones stay.
+def fitted_pictures(pictures: Mapping[str, Any], size: tuple[int, int], whole: tuple[int, int]) -> dict[str, Any]:
+    """Return pictures at their rows and columns, cut as `jobs/sample.py` cuts them; small ones stay.
+
+    Args:
+        pictures: by their columns.
+        size: of the picture to begin with and its mask, margins left out.
+        whole: of all that is drawn, which a map lies over.
 
     Raises:
         ValueError: if a mask is not of its picture's size.
@@ -144,12 +153,12 @@ def fitted_pictures(pictures: Mapping[str, Any], size: tuple[int, int]) -> dict[
         raise ValueError(
             f"the mask has {mask.shape[1]} x {mask.shape[0]} px, the picture {picture.shape[1]} x {picture.shape[0]} px"
         )
-    fitting: dict[str, Callable[..., np.ndarray[Any, Any]]] = {
-        "init_image": fitted,
-        "mask": fitted_mask,
-        "semantic_map": fitted_map,
+    fitting: dict[str, Callable[[Any], np.ndarray[Any, Any]]] = {
+        "init_image": lambda array: fitted(array, size),
+        "mask": lambda array: fitted_mask(array, size),
+        "semantic_map": lambda array: fitted_map(array, whole),
     }
-    return {name: fitting[name](array, size) if name in fitting else array for name, array in pictures.items()}
+    return {name: fitting[name](array) if name in fitting else array for name, array in pictures.items()}
 
 
 def with_margins(drawing: Drawing, cells: Mapping[str, Any]) -> Drawing:
@@ -248,6 +257,8 @@ def _margins_in(cell: Any) -> tuple[int, int, int, int]:
     if not isinstance(parts, list | tuple | np.ndarray) or len(parts) != 4:
         raise ValueError(f"margins are pixels at left, top, right and bottom, got {str(cell)[:40]!r}")
     left, top, right, bottom = (_whole_number("a margin", part) for part in parts)
+    if min(left, top, right, bottom) < 0 or not 0 < max(left, top, right, bottom) <= MAX_MARGIN:
+        raise ValueError(f"margins are not negative, one at least above 0, none above {MAX_MARGIN:,}: got {parts}")
     return left, top, right, bottom
 
 

@@ -71,13 +71,7 @@ class Request:
     share: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.share is None) != (self.to_prompt is None and self.to_seed is None):
-            raise ValueError(
-                f"{self.prompt!r} lies on a way if it names where that leads, a prompt or a seed, and its share of it: "
-                f"got to_prompt {self.to_prompt!r}, to_seed {self.to_seed}, share {self.share}"
-            )
-        if self.share is not None and not 0 <= self.share <= 1:
-            raise ValueError(f"a share of the way lies in [0, 1], got {self.share:g}")
+        check_way(self.to_prompt, self.to_seed, self.share)
         if self.mask is not None and self.picture is None:
             raise ValueError(f"the mask of {self.prompt!r} needs a picture that it lies over")
         if self.mask is not None and self.picture is not None and self.mask.shape != self.picture.shape[:2]:
@@ -85,6 +79,13 @@ class Request:
                 f"the mask of {self.prompt!r} has {_sides(self.mask)}, its picture {_sides(self.picture)}: "
                 "they must be equal"
             )
+
+    @property
+    def label(self) -> str:
+        """What it shows, in words."""
+        if self.to_prompt is None or self.share is None:
+            return self.prompt
+        return f"{self.share:.0%} from {self.prompt} to {self.to_prompt}"
 
     @property
     def words(self) -> Prompt:
@@ -123,6 +124,21 @@ class Request:
         """Return what requests of one batch have in common, beside how they are drawn."""
         ways = (self.to_prompt is None, self.to_seed is None)
         return (*sorted(self.given()), None if self.small is None else self.small.shape, *ways)
+
+
+def check_way(to_prompt: str | None, to_seed: int | None, share: float | None) -> None:
+    """Refuse a place on a way that leads nowhere, and a way without a place on it.
+
+    Raises:
+        ValueError: saying what is there of both.
+    """
+    if (share is None) != (to_prompt is None and to_seed is None):
+        raise ValueError(
+            "a picture lies on a way if it is said where that leads, to a prompt or a seed, and which share of it: "
+            f"got to_prompt {to_prompt!r}, to_seed {to_seed}, share {share}"
+        )
+    if share is not None and not 0 <= share <= 1:
+        raise ValueError(f"a share of the way lies in [0, 1], got {share:g}")
 
 
 def draw(

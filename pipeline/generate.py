@@ -50,7 +50,6 @@ from pipeline.store.shards import write_shard
 
 NUM_BATCHES_AHEAD = 1
 NUM_CUT = "num_cut_prompts"
-"""Rows with words beyond those that the model reads."""
 SEED_DIGITS = 8
 """Hex digits of a seed that is drawn for a row."""
 
@@ -177,8 +176,9 @@ class GenerateStage:
         )
 
     def _is_cut(self, row: PromptRow) -> bool:
-        """Say whether a row has words that are not read, since the model reads so many only."""
-        words = [row.cells.get(name, "") for name in ("prompt", "to_prompt", "negative_prompt")]
+        """Say whether a row, drawn or not, has words beyond those that the model reads."""
+        words = [row.cells.get(name, "") for name in ("prompt", "to_prompt")]
+        words.append(row.cells.get("negative_prompt", self.config.negative_prompt))
         return row.reject is None and any(self._model.is_cut(text) for text in words if text)
 
     def _asked(self, rows: Sequence[PromptRow], repeats: Sequence[int]) -> Iterator[Asked]:
@@ -255,7 +255,7 @@ class GenerateStage:
             if len(requests) == 1:
                 return [Reject(NOT_DRAWABLE, str(error))]
             return [self._pictures([request])[0] for request in requests]
-        pictures, reasons = self._safety.finished(np.stack(drawn), [request.prompt for request in requests])
+        pictures, reasons = self._safety.finished(np.stack(drawn), [request.label for request in requests])
         return [
             Reject(REFUSED_PICTURE, reason) if reason else picture
             for picture, reason in zip(pictures, reasons, strict=True)
@@ -278,7 +278,7 @@ class GenerateStage:
     def _outcome(self, drawn: Drawn) -> _Outcome:
         """Return a picture's ledger line, and its members of the tar if there is one."""
         asked, request, picture = drawn.asked, drawn.request, drawn.picture
-        prompt = str(asked.row.cells.get("prompt", ""))
+        prompt = str(asked.row.cells.get("prompt", "")) if request is None else request.label
         facts: dict[str, Any] = {
             "key": asked.key,
             "source_row": asked.source_row,

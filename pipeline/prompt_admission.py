@@ -28,7 +28,7 @@ REFUSED_PROMPT, REFUSED_PICTURE = "refused_prompt", "refused_picture"
 GENERATE_REASONS: dict[str, str] = {
     BROKEN_ROW: "the file can't be read there",
     NO_PROMPT: "there is no text to draw",
-    BAD_CELL: "a number is none or out of its range, or a layout no boxes",
+    BAD_CELL: "a number is none or out of its range, a layout no boxes, margins not four, or a share of no way",
     BAD_PICTURE: "a picture can't be read, or does not lie beside the file",
     BAD_SIZE: "rows or columns are no multiples of what the networks shrink, too many, or too few for a watermark",
     UNKNOWN_CLASS: "a class that the model was not trained with",
@@ -86,7 +86,9 @@ class Admission:
         pictures = _kept(
             BAD_PICTURE,
             lambda: fitted_pictures(
-                pictures_in(cells, lambda cell: picture_beside(cell, row.folder)), (inner.height, inner.width)
+                pictures_in(cells, lambda cell: picture_beside(cell, row.folder)),
+                (inner.height, inner.width),
+                (drawing.height, drawing.width),
             ),
         )
         if isinstance(pictures, Reject):
@@ -100,6 +102,8 @@ class Admission:
             return Reject(UNKNOWN_CLASS, unknown)
 
         def check() -> None:
+            if request.to_prompt is not None and self.conditioning.text is not TextUse.FROZEN:
+                raise ValueError("between two prompts lies something only where a frozen encoder reads them")
             given = given_together([request])
             check_told(self.conditioning, given, drawing.noise_level)
             check_tile(drawing.tile, self.sizes.multiple)

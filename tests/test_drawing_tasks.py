@@ -19,6 +19,7 @@ from jobs.wiring.sample import SampleConfig
 from jobs.wiring.sample_tasks import SampleTask, with_task
 from ldm.drawing import Given
 from ldm.registry import requests_of
+from ldm.request_table import fitted_pictures
 from ldm.requests import draw, outpainted
 from ldm.safety import SafetyConfig
 from ldm.samplers.sample import initial_noise, step_noise
@@ -155,16 +156,27 @@ def test_a_served_table_asks_for_places_on_a_way_and_for_margins(model: TextToIm
     assert wider.shape == (picture.shape[0], picture.shape[1] + 8, 3)
     assert (wider[:, : picture.shape[1]] == picture).all()
     for wrong, message in (
-        ({"prompt": ["red"], "share": [0.5]}, "lies on a way if it names where that leads"),
+        ({"prompt": ["red"], "share": [0.5]}, "lies on a way if it is said where that leads"),
         ({"prompt": ["red"], "to_seed": [3]}, "got to_prompt None, to_seed 3, share None"),
         ({"prompt": ["red"], "to_seed": [3], "share": [1.5]}, r"a share of the way lies in \[0, 1\], got 1.5"),
         ({"prompt": ["red"], "to_seed": [-3], "share": [0.5]}, "a seed lies in"),
+        ({"prompt": ["red"], "init_image": [encoded], "margins": [[10**12, 0, 0, 0]]}, "none above 16,384"),
         ({"prompt": ["red"], "margins": [[0, 0, 8, 0]]}, "margins are drawn around an init_image"),
         ({"prompt": ["red"], "init_image": [encoded], "margins": [8]}, "margins are pixels at left, top, right"),
         ({"prompt": ["red"], "init_image": [encoded], "margins": [[0, 0, 0, 0]]}, "one at least above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             requests_of(wrong, {}, model.card)
+
+
+def test_a_map_lies_over_the_margins_too_and_a_mask_over_its_picture() -> None:
+    given = {"init_image": picture_of(), "mask": np.ones((16, 16), bool), "semantic_map": np.zeros((16, 24), np.int64)}
+    cut = fitted_pictures(given, (8, 8), (8, 12))
+    assert {name: array.shape[:2] for name, array in cut.items()} == {
+        "init_image": (8, 8),
+        "mask": (8, 8),
+        "semantic_map": (8, 12),
+    }
 
 
 @pytest.mark.parametrize("is_separate", [False, True])

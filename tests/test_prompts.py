@@ -211,7 +211,7 @@ def test_rows_ask_for_places_on_a_way_and_for_margins_around_a_picture(
     unmeant = {**way, "share": 2.0}, way, {"prompt": "red", "margins": "0 0 8 0"}, {**wider, "margins": "8"}
     file = write_table(tmp_path / "p.csv", [{**way, "share": 0.25}, wider, *unmeant])
     config, manifest = drawn_file(model, file, tmp_path / "generated", images_per_prompt=2)
-    assert manifest.summary["counts"]["train"] == {"ok": 4, "not_drawable": 6, "bad_cell": 2}
+    assert manifest.summary["counts"]["train"] == {"ok": 4, "not_drawable": 2, "bad_cell": 6}
     drawn = {key: decode_pixels(row["png"]) for key, row in rows_of(root_of(config)).items()}
     found = {(row["image"], row["width"]): (row, drawn[key]) for key, row in facts_of(root_of(config)).items()}
     for number in (0, 1):
@@ -224,6 +224,7 @@ def test_rows_ask_for_places_on_a_way_and_for_margins_around_a_picture(
             drawing=DRAWING,
         )
         assert (pixels == alone[0]).all()
+        assert "25% from red to a blue square" in {line["caption"] for line in lines_of_dataset(root_of(config))}
         _, whole = found[number, SIZE + 12]
         assert whole.shape == (SIZE + 4, SIZE + 12, 3)
         assert (whole[:SIZE, 4 : 4 + SIZE] == picture).all()

@@ -100,7 +100,7 @@ def follow(
     """
     stepper = STEPPERS[config.stepper]
     marks = [float(time) for time in times]
-    # Scales as numbers in float64: exact, and nothing is copied to the device or waited for.
+    # Scales as numbers in float64 are exact, and what the steps need is on the device before the first of them.
     scales, rows = schedule.scales_along(marks), schedule.rows_along(marks, noisy)
     past: tuple[Past, ...] = ()
     for index in range(len(marks) - 1):
@@ -150,7 +150,8 @@ def _denoise_at(denoise: Denoiser, timestep: Float[Tensor, " b"], noisy: Latent)
 def _between(denoise: Denoiser, schedule: Schedule, like: Latent, half_log_snr: float) -> Between:
     """Return the time at which log(alpha / sigma) has a value."""
     time = float(schedule.timestep_at(torch.tensor([2 * half_log_snr], dtype=torch.float64)))
-    (rows,) = schedule.rows_along([time], like)
+    precision = torch.float64 if like.dtype is torch.float64 else torch.float32
+    rows = torch.full((len(like),), time, dtype=precision, device=like.device)
     return Between(at=schedule.scales_at(time), denoise=partial(_denoise_at, denoise, rows))
 
 
