@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -121,3 +124,13 @@ def test_times_of_a_whole_path_have_the_scales_that_each_has_alone(kind: Schedul
         assert torch.equal(found.sigma, alone.sigma)
     del row, rows
     assert len(schedule._known) == 0
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda schedule: pickle.loads(pickle.dumps(schedule))])
+def test_a_copy_and_a_pickle_that_knew_a_path_are_the_same_schedule(again: Callable[[Schedule], Schedule]) -> None:
+    schedule = schedule_of()
+    rows = schedule.rows_along([900.0, 400.0], torch.empty(2, 1, 1, 1))
+    found = again(schedule)
+    assert found.config == schedule.config
+    assert torch.equal(found.log_snr, schedule.log_snr)
+    assert torch.equal(found.scales(rows[1]).alpha, schedule.scales(rows[1]).alpha)

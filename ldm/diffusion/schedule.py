@@ -122,6 +122,10 @@ class Schedule:
         self._finite = {finite.device: finite}
         self._known = WeakIdKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[Schedule], tuple[ScheduleConfig]]:
+        """A copy and a pickle are made anew: what is known of other tensors doesn't travel."""
+        return Schedule, (self.config,)
+
     @property
     def num_timesteps(self) -> int:
         """The number of whole timesteps."""

@@ -150,8 +150,7 @@ def _denoise_at(denoise: Denoiser, timestep: Float[Tensor, " b"], noisy: Latent)
 def _between(denoise: Denoiser, schedule: Schedule, like: Latent, half_log_snr: float) -> Between:
     """Return the time at which log(alpha / sigma) has a value."""
     time = float(schedule.timestep_at(torch.tensor([2 * half_log_snr], dtype=torch.float64)))
-    precision = torch.float64 if like.dtype is torch.float64 else torch.float32
-    rows = torch.full((len(like),), time, dtype=precision, device=like.device)
+    (rows,) = schedule.rows_along([time], like)
     return Between(at=schedule.scales_at(time), denoise=partial(_denoise_at, denoise, rows))
 
 
