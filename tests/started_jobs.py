@@ -29,12 +29,10 @@ SMALL = {
     "sample": "--prompts heart star --guidance 1 3 --sampler.num-steps 4 --launch.where here",
 }
 ORDER = tuple(SMALL)
-MAKING = ORDER[:4]
-"""Jobs that make data or weights, bit by bit; the others read a model and keep nothing on their way."""
-FOLDERS = ("dataset", "autoencoder", "latents", "ldm")
-"""What the first jobs make, in their order."""
-STOPPED_BY = {"train_ldm": signal.SIGINT, "train_autoencoder": signal.SIGTERM}
-"""How the trainings are stopped before they are killed: Ctrl-C, and the notice before a machine is taken away."""
+MADE = dict(zip(ORDER, ("dataset", "autoencoder", "latents", "ldm"), strict=False))
+"""The folder that each job makes bit by bit; the other jobs read a model and keep nothing on their way."""
+WEIGHTS = {"train_autoencoder": "autoencoder/model", "train_ldm": "ldm/model/unet"}
+"""Where a training's weights lie in a home."""
 
 
 def command(job: str, home: Path, *more: str) -> list[str]:

@@ -198,6 +198,7 @@ def test_workers_that_say_their_first_word_again_are_another_attempt(tmp_path: P
     assert first.tags == second.tags == {"code_commit": "c0ffee", "host": "a, b", "ranks": "2", "device": "cpu"}
 
 
+@pytest.mark.slow  # tests/test_tracking.py has a whole training whose server is dead
 def test_attempts_made_while_the_server_is_dead_reach_it_by_a_replay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,9 @@ TOLD = {
     "hybrid": ConditioningConfig(num_classes=3, map_classes=2, map_channels=1, has_masked_image=True, map_dropout=0.1),
 }
 
+JOINED = {"hybrid", "noisy small image"}
+"""What is told these is told others too, part by part."""
+
 
 def square(number: int) -> Row:
     """Return a row with everything that can be told of it."""
@@ -188,7 +191,10 @@ def loss(config: TrainLdmConfig, rolled: int) -> float:
     return float(measure.losses(network, batch, condition.rolled(rolled)).mean())
 
 
-@pytest.mark.parametrize("name", sorted(TOLD.keys() - {"told"}))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in JOINED)) for name in sorted(TOLD.keys() - {"told"})],
+)
 def test_condition_is_learned_from_its_row_and_the_wrong_one_is_worse(folder: Path, name: str) -> None:
     config = training(folder, name, 2_000 if name == "layout" else 1_200)  # corners have to be learned as well
     check_inputs(config)
@@ -275,7 +281,7 @@ def train_told(world: World, folder: Path, stage: int | None) -> None:
     train_ldm_worker(config, world, lambda _: None, lambda: False)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_two_zero_ranks_train_what_reads_conditions_as_one_process_does(folder: Path, stage: int) -> None:
     train_told(alone(), folder, None)
     run_ranks(2, train_told, folder, stage)

@@ -19,7 +19,7 @@ from tests.small_datasets import add_images, contents, folder_config
 
 pytestmark = pytest.mark.timeout(3000)
 SEED = 3
-NUM_IMAGES = 40
+NUM_IMAGES = 24
 DRIVER = """
 import sys, ray
 from pipeline.ingest.config import DatasetConfig
@@ -64,8 +64,8 @@ def survives(images: Path, unbroken: tuple[Path, float], folder: Path, num_kills
     return story
 
 
-def test_dataset_killed_three_times_is_the_one_never_killed(images, unbroken, tmp_path):
-    story = survives(images, unbroken, tmp_path, 3, str(tmp_path / "dataset"))
+def test_dataset_killed_on_its_way_is_the_one_never_killed(images, unbroken, tmp_path):
+    story = survives(images, unbroken, tmp_path, 1, str(tmp_path / "dataset"))
     assert any(": killed" in line for line in story), story
 
 

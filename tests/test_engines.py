@@ -267,7 +267,12 @@ def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "size, kinds", [(2, ["local", "zero2", "zero3"]), (1, ["local", "zero2-offload"]), (4, ["zero3"])]
+    "size, kinds",
+    [
+        (2, ["local", "zero2", "zero3"]),
+        (1, ["local", "zero2-offload"]),
+        pytest.param(4, ["zero3"], marks=pytest.mark.slow),
+    ],
 )
 def test_every_engine_goes_on_from_what_any_other_saved_on_other_ranks(
     halfway: Path, size: int, kinds: list[str]

@@ -133,7 +133,7 @@ def train_further(world: World, folder: Path, name: str, stage: int | None) -> N
     train_ldm_worker(config, world, lambda _: None, lambda: False)
 
 
-@pytest.mark.parametrize("stage", [None, 3])
+@pytest.mark.parametrize("stage", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_two_ranks_begin_with_the_model_and_train_as_one_process_does(folder: Path, stage: int | None) -> None:
     if not (folder / "one" / "model").exists():
         run(further(folder, "one", 32))

@@ -193,7 +193,7 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.parametrize("num_actors", [1, 2])
+@pytest.mark.parametrize("num_actors", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_as_many_actors_as_there_are_give_the_same_bytes(
     model: Path, drawn: GenerateConfig, local_ray: None, tmp_path: Path, num_actors: int
 ) -> None:

@@ -16,8 +16,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     return unbroken_run(tmp_path_factory.mktemp("whole"))
 
 
-def test_pictures_killed_five_times_are_those_never_killed(whole: Unbroken) -> None:
-    story = one_story(whole, 0, 5)
+def test_pictures_killed_twice_are_those_never_killed(whole: Unbroken) -> None:
+    story = one_story(whole, 0, 2)
     assert num_landed(story) >= 1, story
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,12 +25,11 @@ from PIL import Image
 from ldm.interop.weights import load_weights
 from tests.servers import ray_cluster, ray_that_runs
 from tests.started_jobs import (
-    FOLDERS,
     HOUSE,
-    MAKING,
+    MADE,
     ORDER,
     SMALL,
-    STOPPED_BY,
+    WEIGHTS,
     command,
     finish,
     kill_after_line,
@@ -78,65 +79,111 @@ class Story:
 def home_with_inputs(job: str, whole: Path, folders: pytest.TempPathFactory) -> Path:
     """Return a new home with what the jobs before this one made."""
     home = folders.mktemp(job)
-    for name in FOLDERS[: min(ORDER.index(job), 3)]:
+    for name in tuple(MADE.values())[: min(ORDER.index(job), 3)]:
         (home / name).symlink_to(whole / name)
-    if job not in MAKING:  # these write beside the model
+    if job not in MADE:  # these write beside the model
         for name in ("ldm", "records"):
             shutil.copytree(whole / name, home / name, ignore=shutil.ignore_patterns("evaluation.json"))
         shutil.copy(whole / "mlflow.db", home)
     return home
 
 
-@pytest.fixture(scope="module")
-def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
-    """Every job that makes data or weights, killed once without warning with its Ray, and started again.
+class Interruption(StrEnum):
+    """What happens to a job on its way."""
 
-    Two at a time, for most of their time is starting.
-    """
-    homes = {job: home_with_inputs(job, unbroken[0], tmp_path_factory) for job in MAKING}
-    moments = {
-        "shard_dataset": has_any(homes["shard_dataset"], "dataset/*/*.record.json"),
-        "train_autoencoder": lambda: len(list(homes["train_autoencoder"].glob("autoencoder/checkpoints/0*"))) > 1,
-        "precompute_latents": has_any(homes["precompute_latents"], "latents/*/*.record.json"),
-        "train_ldm": lambda: len(list(homes["train_ldm"].glob("ldm/checkpoints/0*"))) > 1,
-    }
-
-    def interrupted(job: str, address: str) -> Story:
-        story = Story(homes[job])
-        if job in STOPPED_BY:
-            # No checkpoint falls due: what is there afterwards was saved because of the signal.
-            part = "ldm" if job == "train_ldm" else "autoencoder"
-            has_measured = has_words(story.home / "records" / part / "record.jsonl", '"loss"')
-            never = ("--loop.checkpoint-every", "1000000", "--loop.log-every", "16")
-            code, output = stop_when(job, story.home, has_measured, *never, by=STOPPED_BY[job])
-            checkpoints = tuple(sorted(path.name for path in story.home.glob(f"{part}/checkpoints/0*")))
-            story = Story(story.home, code, output, checkpoints)
-        kill_when(job, story.home, moments[job])
-        output = finish(job, story.home, address)
-        assert "resumed at" in output or "already there" in output, output
-        return story
-
-    with ray_that_runs(4) as address, ThreadPoolExecutor(2) as threads:
-        longest_first = ("train_ldm", "train_autoencoder", "precompute_latents", "shard_dataset")
-        stories = threads.map(partial(interrupted, address=address), longest_first)
-        return dict(zip(longest_first, stories, strict=True))
+    KILL = "killed without warning, with its Ray"
+    CTRL_C = "Ctrl-C"
+    NOTICE = "SIGTERM, the notice before a machine is taken away"
 
 
-@pytest.mark.parametrize("job, folder", [("shard_dataset", "dataset"), ("precompute_latents", "latents")])
-def test_a_data_stage_killed_and_started_again_gives_the_same_bytes(
-    unbroken: tuple[Path, object], broken: dict[str, Story], job: str, folder: str
-) -> None:
-    assert digests(unbroken[0] / folder) == digests(broken[job].home / folder)
+SIGNALS = {Interruption.CTRL_C: signal.SIGINT, Interruption.NOTICE: signal.SIGTERM}
 
 
-@pytest.mark.parametrize("job, weights", [("train_autoencoder", "autoencoder/model"), ("train_ldm", "ldm/model/unet")])
-def test_a_training_killed_and_started_again_gives_the_same_weights_bit_for_bit(
-    unbroken: tuple[Path, object], broken: dict[str, Story], job: str, weights: str
-) -> None:
-    name = f"{weights}/diffusion_pytorch_model.safetensors"
-    one, other = load_weights(str(unbroken[0] / name)), load_weights(str(broken[job].home / name))
+def interrupted(job: str, by: Interruption, whole: Path, folders: pytest.TempPathFactory, address: str) -> Story:
+    """Interrupt a job on its way, start it again, and return what became of it."""
+    home, made = home_with_inputs(job, whole, folders), MADE[job]
+    if by is Interruption.KILL:
+        story = Story(home)
+        if job in WEIGHTS:
+            kill_when(job, home, lambda: len(list(home.glob(f"{made}/checkpoints/0*"))) > 1)
+        else:
+            kill_when(job, home, has_any(home, f"{made}/*/*.record.json"))
+    else:
+        # No checkpoint falls due: what is there afterwards was saved because of the signal.
+        has_measured = has_words(home / "records" / made / "record.jsonl", '"loss"')
+        never = ("--loop.checkpoint-every", "1000000", "--loop.log-every", "16")
+        code, output = stop_when(job, home, has_measured, *never, by=SIGNALS[by])
+        story = Story(home, code, output, tuple(sorted(path.name for path in home.glob(f"{made}/checkpoints/0*"))))
+    output = finish(job, home, address)
+    assert "resumed at" in output or "already there" in output, output
+    return story
+
+
+def assert_made_the_same(whole: Path, story: Story, job: str) -> None:
+    """Data to the byte, weights to the bit."""
+    if job not in WEIGHTS:
+        assert digests(whole / MADE[job]) == digests(story.home / MADE[job])
+        return
+    name = f"{WEIGHTS[job]}/diffusion_pytorch_model.safetensors"
+    one, other = load_weights(str(whole / name)), load_weights(str(story.home / name))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def assert_saved_and_said_how_to_go_on(story: Story) -> None:
+    assert story.code == 130, story.output
+    assert "start the same command again to go on" in story.output
+    assert "Traceback" not in story.output
+    (saved,) = story.checkpoints
+    assert 0 < int(saved) < 256
+
+
+ALWAYS = {
+    "train_ldm": Interruption.CTRL_C,
+    "train_autoencoder": Interruption.KILL,
+    "precompute_latents": Interruption.KILL,
+}
+"""How each job is interrupted in every run of the tests, the longest first; `make soak` has the other ways."""
+
+
+@pytest.fixture(scope="module")
+def broken(unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
+    """Jobs that make data or weights, interrupted once and started again; two at a time, for most of it is starting."""
+    with ray_that_runs(4) as address, ThreadPoolExecutor(2) as threads:
+        again = partial(interrupted, whole=unbroken[0], folders=tmp_path_factory, address=address)
+        return dict(zip(ALWAYS, threads.map(again, ALWAYS, ALWAYS.values()), strict=True))
+
+
+@pytest.mark.parametrize("job", ALWAYS)
+def test_a_job_interrupted_and_started_again_gives_the_same_bytes_and_weights(
+    unbroken: tuple[Path, object], broken: dict[str, Story], job: str
+) -> None:
+    assert_made_the_same(unbroken[0], broken[job], job)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(broken: dict[str, Story]) -> None:
+    assert_saved_and_said_how_to_go_on(broken["train_ldm"])
+
+
+@pytest.mark.slow  # of data that are killed on their way tests/test_dataset_kills.py has a short form
+@pytest.mark.parametrize(
+    "job, by",
+    [
+        ("shard_dataset", Interruption.KILL),
+        ("train_autoencoder", Interruption.NOTICE),
+        ("train_autoencoder", Interruption.CTRL_C),
+        ("train_ldm", Interruption.KILL),
+        ("train_ldm", Interruption.NOTICE),
+    ],
+)
+def test_a_job_interrupted_in_other_ways_gives_the_same_too(
+    unbroken: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory, job: str, by: Interruption
+) -> None:
+    with ray_that_runs(4) as address:
+        story = interrupted(job, by, unbroken[0], tmp_path_factory, address)
+    assert_made_the_same(unbroken[0], story, job)
+    if by is not Interruption.KILL:
+        assert_saved_and_said_how_to_go_on(story)
 
 
 def killed_at_its_start(job: str, whole: Path, folders: pytest.TempPathFactory) -> Path:
@@ -165,16 +212,6 @@ def test_a_sampling_killed_and_started_again_gives_the_same_pixels(
     assert pictures[0].tobytes() == pictures[1].tobytes()
     names = [sorted(path.name for path in (home / "samples").iterdir()) for home in homes]
     assert names[0] == names[1]
-
-
-@pytest.mark.parametrize("job", STOPPED_BY)
-def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(broken: dict[str, Story], job: str) -> None:
-    story = broken[job]
-    assert story.code == 130, story.output
-    assert "start the same command again to go on" in story.output
-    assert "Traceback" not in story.output
-    (saved,) = story.checkpoints
-    assert 0 < int(saved) < 256
 
 
 def test_a_second_run_of_every_job_does_nothing(unbroken: tuple[Path, object]) -> None:

@@ -134,7 +134,7 @@ def test_worker_with_two_shards_at_once_makes_the_same_bytes_with_one_stage(inpu
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("num_tasks", [2, 3])
+@pytest.mark.parametrize("num_tasks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_few_shards_are_shared_out_to_all_workers(inputs: Path, tmp_path: Path, num_tasks: int) -> None:
     """Each begins only once as many are begun as there are workers, so one worker that had taken all would not end."""
     config = latents_config(inputs, root=str(tmp_path / "latents"))

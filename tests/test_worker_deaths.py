@@ -73,6 +73,7 @@ def train_as_rank(world: World, config: TrainLdmConfig) -> None:
     train_ldm_worker(config, world, lambda _: None, lambda: False)
 
 
+@pytest.mark.slow  # tests/test_lost_nodes.py has one that ends with its node
 @pytest.mark.usefixtures("_ray")
 def test_a_worker_killed_amid_a_run_costs_nothing_but_time_and_is_told(tmp_path: Path) -> None:
     write_latents(tmp_path)
