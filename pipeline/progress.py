@@ -87,7 +87,7 @@ class ShardProgress:
     def _values(self, elapsed_seconds: float) -> str:
         """Return rows, rate, the share that came out and why the others did not."""
         rate = self.num_rows / max(elapsed_seconds, 1e-9)
-        values = f"{self.num_rows} rows, {rate:.0f} rows/s"
+        values = f"{self.num_rows} rows, {rate:{'.0f' if rate >= 10 else '.2g'}} rows/s"
         total = self.counts.total()
         if total:
             values += f", {100 * self.counts[KEPT] / total:.1f} % ok"
@@ -104,7 +104,7 @@ class ShardProgress:
             return ""
         work = self.work.together()
         return (
-            f", {num_workers} workers at {work.rows_per_second:.1f} images/s, "
+            f", {num_workers} worker{'s' * (num_workers > 1)} at {work.rows_per_second:.1f} images/s, "
             f"encoder busy {100 * work.busy_share:.0f} %, data wait {100 * work.wait_share:.0f} %"
         )
 
@@ -120,7 +120,8 @@ class ShardProgress:
 def counts_table(counts: Mapping[str, int]) -> Table:
     """Return a table of input rows by status, the kept ones first, then the commonest reason."""
     total = max(sum(counts.values()), 1)
-    table = Table("rows", "share", "status", title="input rows by what became of them", title_justify="left")
+    title = "input rows by what became of them"
+    table = Table("rows", "share", "status", title=title, title_justify="left", min_width=len(title))
     for status, count in sorted(counts.items(), key=lambda item: (item[0] != KEPT, -item[1], item[0])):
         table.add_row(f"{count:,}", f"{100 * count / total:.1f} %", status)
     return table

@@ -23,7 +23,7 @@ from pipeline.encode import EncodeStage
 from pipeline.latent_config import LatentsConfig
 from pipeline.latent_plan import plan_latents
 from pipeline.plan import Plan, Resources, ShardTask, Stage, missing
-from pipeline.progress import ShardProgress
+from pipeline.progress import ShardProgress, counts_table
 from pipeline.run import MAX_STARTS, ShardWorker, run
 from pipeline.starts import Turns
 from pipeline.store.manifest import ShardRecord
@@ -236,6 +236,20 @@ def test_progress_says_how_fast_a_worker_is_how_busy_and_how_long_it_waits() -> 
     (line,) = stream.getvalue().splitlines()
     assert "80 rows, " in line
     assert ", 2 workers at 4.0 images/s, encoder busy 80 %, data wait 10 %, " in line
+
+
+def test_progress_of_a_few_rows_names_their_rate_and_the_only_worker() -> None:
+    stream = io.StringIO()
+    progress = ShardProgress("generated", num_shards=1, num_there=0, console=Console(file=stream))
+    progress.started -= 20.0
+    progress.advance(5, {"ok": 5, "bad_cell": 2}, effort("a", 0.0, 10.0, 5, 9.0, 0.5))
+    assert "5 rows, 0.25 rows/s, 71.4 % ok (bad_cell 2), 1 worker at 0.5 images/s" in stream.getvalue()
+
+
+def test_title_over_a_narrow_table_of_counts_stands_on_one_line() -> None:
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(counts_table({"ok": 7}))
+    assert stream.getvalue().splitlines()[0].strip() == "input rows by what became of them"
 
 
 @pytest.mark.usefixtures("local_ray")
