@@ -369,7 +369,7 @@ def test_the_job_begins_with_a_picture_and_keeps_what_its_mask_keeps(folder: Pat
         drawn(replace(config, mask=str(tmp_path / "low.png")))
 
 
-def test_progress_tells_steps_a_second_and_prompts_that_are_cut(folder: Path, tmp_path: Path) -> None:
+def test_progress_tells_images_and_steps_a_second_and_prompts_that_are_cut(folder: Path, tmp_path: Path) -> None:
     told: list[Progress] = []
     drawn(config_of(folder, tmp_path, prompts=("red", "so many words " * 20), guidance=(1.0,)), told.append)
     (notice,) = [progress.notice for progress in told if progress.notice]
@@ -379,6 +379,9 @@ def test_progress_tells_steps_a_second_and_prompts_that_are_cut(folder: Path, tm
     steps = [progress for progress in told if progress.total]
     assert [progress.done for progress in steps] == [0, 1, 1, 2]
     assert all(progress.metrics["steps_per_second"] > 0 for progress in steps)
+    # Whatever the clock says, both are of the same time.
+    ratios = [progress.metrics["images_per_second"] / progress.metrics["steps_per_second"] for progress in steps]
+    assert ratios == pytest.approx([0.5, 0.5, 0.5, 0.5])
 
 
 @pytest.mark.parametrize(
